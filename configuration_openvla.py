@@ -1,0 +1,405 @@
+# Copyright 2026 The OpenVLA repository authors. Licensed under the Apache License, Version 2.0.
+"""Configuration of OpenVLA: the published fields, the vision towers and the language models that they name."""
+
+import json
+import shutil
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, PretrainedConfig
+from transformers.models.auto import CONFIG_MAPPING
+from transformers.utils import cached_file, logging
+
+
+logger = logging.get_logger(__name__)
+
+STATISTICS_NAME = "dataset_statistics.json"
+
+AUTO_MAP = {
+    "AutoConfig": "configuration_openvla.OpenVLAConfig",
+    "AutoModel": "modeling_openvla.OpenVLAForActionPrediction",
+    "AutoModelForCausalLM": "modeling_openvla.OpenVLAForActionPrediction",
+    "AutoModelForImageTextToText": "modeling_openvla.OpenVLAForActionPrediction",
+    "AutoModelForVision2Seq": "modeling_openvla.OpenVLAForActionPrediction",
+}
+
+
+@dataclass(frozen=True)
+class TowerConfig:
+    """
+    Sizes and options of one vision tower, a timm `VisionTransformer`.
+
+    Args:
+        embed_dim, depth, num_heads, mlp_dim (`int`): Width, blocks, attention heads and hidden width of the MLPs.
+        patch_size, image_size (`int`): Side of a patch and of the square image, in pixels.
+        hidden_act (`str`): `gelu` (exact, erf) or `quick_gelu` (OpenAI's CLIP).
+        norm_eps (`float`): Epsilon of every LayerNorm.
+        class_token (`bool`), num_registers (`int`): Tokens in front of the patches.
+        embed_class_token (`bool`): Whether the position embedding has a row for the class token.
+        pre_norm (`bool`): A LayerNorm before the first block, and no bias in the patch embedding (CLIP).
+        layer_scale (`bool`): A learned scale at the end of both residual branches (DINOv2).
+        final_norm, attention_pool (`bool`): Hold the tensors of the final norm and of SigLIP's pooling head. The
+            model never runs them; they are there so that a published checkpoint stays complete.
+        output_block (`int`): Index of the block whose output is used, without the final norm; -2 in every published
+            model. Blocks after it are held, frozen, and never run.
+    """
+
+    embed_dim: int = 1152
+    depth: int = 27
+    num_heads: int = 16
+    mlp_dim: int = 4304
+    patch_size: int = 14
+    image_size: int = 224
+    hidden_act: str = "gelu"
+    norm_eps: float = 1e-6
+    class_token: bool = False
+    num_registers: int = 0
+    embed_class_token: bool = False
+    pre_norm: bool = False
+    layer_scale: bool = False
+    final_norm: bool = True
+    attention_pool: bool = False
+    output_block: int = -2
+
+    def __post_init__(self):
+        if self.embed_dim % self.num_heads:
+            raise ValueError(f"`embed_dim` {self.embed_dim} is not a multiple of `num_heads` {self.num_heads}.")
+        if self.hidden_act not in ("gelu", "quick_gelu"):
+            raise ValueError(f"`hidden_act` must be 'gelu' or 'quick_gelu', got {self.hidden_act!r}.")
+        if not -self.depth <= self.output_block < self.depth:
+            raise ValueError(f"`output_block` {self.output_block} does not exist in a tower of depth {self.depth}.")
+
+    @property
+    def num_patches(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        return int(self.class_token) + self.num_registers
+
+    @property
+    def num_used_blocks(self) -> int:
+        return self.output_block % self.depth + 1
+
+
+_VIT_L = {"embed_dim": 1024, "depth": 24, "num_heads": 16, "mlp_dim": 4096}
+_CLIP = {
+    **_VIT_L,
+    "hidden_act": "quick_gelu",
+    "norm_eps": 1e-5,
+    "class_token": True,
+    "embed_class_token": True,
+    "pre_norm": True,
+}
+_DINOV2 = {**_VIT_L, "class_token": True, "num_registers": 4, "layer_scale": True}
+_IN1K = {**_VIT_L, "patch_size": 16, "class_token": True, "embed_class_token": True}
+_SIGLIP = {"embed_dim": 1152, "depth": 27, "num_heads": 16, "mlp_dim": 4304, "attention_pool": True}
+
+_CLIP_224_ID, _CLIP_336_ID = "vit_large_patch14_clip_224.openai", "vit_large_patch14_clip_336.openai"
+_DINOV2_ID, _IN1K_ID = "vit_large_patch14_reg4_dinov2.lvd142m", "vit_large_patch16_224.augreg_in21k_ft_in1k"
+_SIGLIP_224_ID, _SIGLIP_384_ID = "vit_so400m_patch14_siglip_224", "vit_so400m_patch14_siglip_384"
+
+# Published vision backbones: image side in pixels and, per tower, the timm name and the sizes behind it.
+VISION_BACKBONES = {
+    "clip-vit-l": (224, [(_CLIP_224_ID, _CLIP)]),
+    "clip-vit-l-336px": (336, [(_CLIP_336_ID, _CLIP)]),
+    "dinov2-vit-l": (224, [(_DINOV2_ID, _DINOV2)]),
+    "in1k-vit-l": (224, [(_IN1K_ID, _IN1K)]),
+    "siglip-vit-so400m": (224, [(_SIGLIP_224_ID, _SIGLIP)]),
+    "siglip-vit-so400m-384px": (384, [(_SIGLIP_384_ID, _SIGLIP)]),
+    "dinoclip-vit-l-336px": (336, [(_DINOV2_ID, _DINOV2), (_CLIP_336_ID, _CLIP)]),
+    "dinosiglip-vit-so-224px": (224, [(_DINOV2_ID, _DINOV2), (_SIGLIP_224_ID, _SIGLIP)]),
+    "dinosiglip-vit-so-384px": (384, [(_DINOV2_ID, _DINOV2), (_SIGLIP_384_ID, _SIGLIP)]),
+}
+
+_LLAMA_13B = {
+    "hidden_size": 5120,
+    "intermediate_size": 13824,
+    "num_hidden_layers": 40,
+    "num_attention_heads": 40,
+    "num_key_value_heads": 40,
+}
+_PHI_2 = {
+    "hidden_size": 2560,
+    "intermediate_size": 10240,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "partial_rotary_factor": 0.4,
+    "vocab_size": 51200,
+}
+
+# Published language models: Hub id, model type, sizes where they differ from the type's defaults, and the id of the
+# lone "▁" piece that closes the prompt (None where the tokenizer has no such piece).
+LANGUAGE_MODELS = {
+    "llama2-7b-pure": ("meta-llama/Llama-2-7b-hf", "llama", {}, 29871),
+    "llama2-13b-pure": ("meta-llama/Llama-2-13b-hf", "llama", _LLAMA_13B, 29871),
+    "llama2-7b-chat": ("meta-llama/Llama-2-7b-chat-hf", "llama", {}, 29871),
+    "llama2-13b-chat": ("meta-llama/Llama-2-13b-chat-hf", "llama", _LLAMA_13B, 29871),
+    "vicuna-v15-7b": ("lmsys/vicuna-7b-v1.5", "llama", {}, 29871),
+    "vicuna-v15-13b": ("lmsys/vicuna-13b-v1.5", "llama", _LLAMA_13B, 29871),
+    "mistral-v0.1-7b-pure": ("mistralai/Mistral-7B-v0.1", "mistral", {}, 28705),
+    "mistral-v0.1-7b-instruct": ("mistralai/Mistral-7B-Instruct-v0.1", "mistral", {}, 28705),
+    "phi-2-3b": ("microsoft/phi-2", "phi", _PHI_2, None),
+}
+
+# Fields of a published config.json that follow from the two ids; they are written, and recomputed when read.
+_DERIVED_FIELDS = ("timm_model_ids", "timm_override_act_layers", "image_sizes", "hf_llm_id")
+
+
+def copy_remote_code(source_file: str, save_directory: str | Path) -> None:
+    """Copy the `*_openvla.py` files that lie beside `source_file` into `save_directory`."""
+    source = Path(source_file).resolve().parent
+    target = Path(save_directory).resolve()
+    for path in source.glob("*_openvla.py"):
+        if source != target:
+            shutil.copyfile(path, target / path.name)
+
+
+def load_statistics(source: str | Path, **hub_kwargs: Any) -> dict[str, dict] | None:
+    """
+    Read `dataset_statistics.json` of a local directory or a Hub repository.
+
+    Args:
+        source (`str` or `Path`): Directory, Hub id, or the path of a file in the directory.
+        hub_kwargs: `revision`, `token`, `cache_dir`, ... of `from_pretrained`.
+
+    Returns:
+        `dict` or `None`: Statistics by dataset name; `None` where there is no such file.
+    """
+    if Path(source).is_file():
+        source = Path(source).parent
+    path = cached_file(str(source), STATISTICS_NAME, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
+    if path is None:
+        return None
+    try:
+        return check_statistics(json.loads(Path(path).read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise ValueError(f"{STATISTICS_NAME} of {source} cannot be used: {error}") from error
+
+
+def check_statistics(norm_stats: dict[str, dict]) -> dict[str, dict]:
+    """
+    Check that `norm_stats` has the form `{dataset: {"action": {"q01": [...], "q99": [...], ...}}}` and return it.
+
+    Raises:
+        ValueError: Naming the dataset and what is missing there.
+    """
+    if not isinstance(norm_stats, dict):
+        raise ValueError(f"expected a dictionary by dataset name, got {type(norm_stats).__name__}.")
+    for name, statistics in norm_stats.items():
+        action = statistics.get("action") if isinstance(statistics, dict) else None
+        if not isinstance(action, dict) or not {"q01", "q99"} <= action.keys():
+            raise ValueError(f"dataset {name!r} has no `action` statistics with `q01` and `q99`.")
+        lengths = {key: len(value) for key, value in action.items() if isinstance(value, list)}
+        if len(set(lengths.values())) > 1:
+            raise ValueError(f"dataset {name!r} has action statistics of different lengths: {lengths}.")
+    return norm_stats
+
+
+class OpenVLAConfig(PretrainedConfig):
+    """
+    Configuration of [`OpenVLAForActionPrediction`]. The defaults are those of openvla-7b.
+
+    Args:
+        vision_backbone_id (`str`, *optional*, defaults to `"dinosiglip-vit-so-224px"`): One of `VISION_BACKBONES`, or
+            `None` with `tower_configs`.
+        llm_backbone_id (`str`, *optional*, defaults to `"llama2-7b-pure"`): One of `LANGUAGE_MODELS`, or `None` with
+            `text_config`.
+        arch_specifier (`str`, *optional*): Kept for other runtimes; follows from the number of towers.
+        use_fused_vision_backbone (`bool`, *optional*): Whether there are two towers; follows from the backbone.
+        image_resize_strategy (`str`, defaults to `"resize-naive"`): Kept for other runtimes; the image processor's
+            own setting decides.
+        text_config (`dict` or `PretrainedConfig`, *optional*): Language model. What it leaves out comes from
+            `llm_backbone_id` and then from the defaults of its model type, as in the published checkpoints (whose
+            `rms_norm_eps` is 1e-6 for that reason).
+        tower_configs (`list[dict]`, *optional*): Fields of [`TowerConfig`] for one or two towers, in the order of the
+            channels in `pixel_values`; overrides `vision_backbone_id`.
+        norm_stats (`dict`, *optional*): Statistics by dataset name. A `dataset_statistics.json` beside the
+            configuration replaces them.
+        norm_type (`str`, defaults to `"bounds_q99"`): How actions were normalised: `bounds_q99` (q01 to q99),
+            `bounds` (minimum to maximum) or `normal` (mean and standard deviation).
+        n_action_bins (`int`, defaults to 256): Number of action tokens.
+        action_token_end (`int`, *optional*): One past the last action token. Default: the vocabulary without its
+            padding, `text_config.vocab_size - pad_to_multiple_of`.
+        closing_token_id (`int`, `None` or `"auto"`, defaults to `"auto"`): Token that ends the prompt, in front of the
+            actions; `None`: no such token; `"auto"`: the "▁" piece of the language model's tokenizer.
+        image_token_id (`int`, *optional*): Placeholder of an image patch. Default: the last, padding row.
+        pad_token_id (`int`, defaults to 32000), pad_to_multiple_of (`int`, defaults to 64), llm_max_length (`int`,
+            defaults to 2048), output_projector_states (`bool`, defaults to `False`): As published.
+    """
+
+    model_type = "openvla"
+    sub_configs = {"text_config": AutoConfig}
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    def __init__(
+        self,
+        vision_backbone_id: str | None = "dinosiglip-vit-so-224px",
+        llm_backbone_id: str | None = "llama2-7b-pure",
+        arch_specifier: str | None = None,
+        use_fused_vision_backbone: bool | None = None,
+        image_resize_strategy: str = "resize-naive",
+        text_config: dict | PretrainedConfig | None = None,
+        tower_configs: list[dict] | None = None,
+        norm_stats: dict[str, dict] | None = None,
+        norm_type: str = "bounds_q99",
+        n_action_bins: int = 256,
+        action_token_end: int | None = None,
+        closing_token_id: int | str | None = "auto",
+        image_token_id: int | None = None,
+        pad_token_id: int | None = 32000,
+        pad_to_multiple_of: int = 64,
+        llm_max_length: int = 2048,
+        output_projector_states: bool = False,
+        tie_word_embeddings: bool = False,
+        **kwargs,
+    ):
+        for name in _DERIVED_FIELDS:
+            kwargs.pop(name, None)
+        self.vision_backbone_id = vision_backbone_id
+        self.llm_backbone_id = llm_backbone_id
+        self.tower_configs = tower_configs
+        self._set_vision_fields(arch_specifier, use_fused_vision_backbone)
+        self.image_resize_strategy = image_resize_strategy
+
+        self.text_config = self._make_text_config(text_config)
+        self.norm_stats = check_statistics(norm_stats or {})
+        self.norm_type = norm_type
+        self.n_action_bins = n_action_bins
+        self.pad_to_multiple_of = pad_to_multiple_of
+        self.llm_max_length = llm_max_length
+        self.output_projector_states = output_projector_states
+        vocab_size = self.text_config.vocab_size
+        self.action_token_end = vocab_size - pad_to_multiple_of if action_token_end is None else action_token_end
+        self.image_token_id = vocab_size - 1 if image_token_id is None else image_token_id
+        self.closing_token_id = self._default_closing_token() if closing_token_id == "auto" else closing_token_id
+
+        auto_map = kwargs.pop("auto_map", None) or {}
+        kwargs.pop("pad_token_id", None)
+        super().__init__(pad_token_id=pad_token_id, tie_word_embeddings=tie_word_embeddings, **kwargs)
+        self.pad_token_id = pad_token_id
+        self.tie_word_embeddings = tie_word_embeddings
+        # A map that names other code (the published one) is not followed.
+        self.auto_map = auto_map if "configuration_openvla" in auto_map.get("AutoConfig", "") else dict(AUTO_MAP)
+        self._check_tokens()
+
+    @property
+    def towers(self) -> list[TowerConfig]:
+        """The vision towers, in the order of the channels in `pixel_values`."""
+        if self.tower_configs is None:
+            image_size, towers = _look_up("vision_backbone_id", self.vision_backbone_id, VISION_BACKBONES)
+            return [TowerConfig(**sizes, image_size=image_size) for _, sizes in towers]
+        known = {field.name for field in fields(TowerConfig)}
+        for tower in self.tower_configs:
+            if unknown := sorted(tower.keys() - known):
+                raise ValueError(f"`tower_configs` has unknown fields {unknown}; known: {sorted(known)}.")
+        return [TowerConfig(**tower) for tower in self.tower_configs]
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Positions that one observation's image takes in the sequence."""
+        return self.towers[0].num_patches
+
+    @property
+    def action_token_begin(self) -> int:
+        """The first action token."""
+        return self.action_token_end - self.n_action_bins
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs):
+        """
+        As [`PretrainedConfig.from_pretrained`]. A `dataset_statistics.json` beside the configuration replaces
+        `norm_stats` whole: fine-tuned checkpoints carry the base model's statistics in their config.json.
+        """
+        hub_names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+        hub_kwargs = {name: kwargs[name] for name in hub_names if kwargs.get(name) is not None}
+        result = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        config = result[0] if isinstance(result, tuple) else result
+        statistics = load_statistics(pretrained_model_name_or_path, **hub_kwargs)
+        if statistics is not None and "norm_stats" not in kwargs:
+            if config.norm_stats and config.norm_stats != statistics:
+                logger.info(f"{STATISTICS_NAME} ({sorted(statistics)}) replaces `norm_stats` of config.json.")
+            config.norm_stats = statistics
+        return result
+
+    def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs) -> None:
+        """
+        As [`PretrainedConfig.save_pretrained`], with `dataset_statistics.json` and the code that `auto_map` names.
+        """
+        self.auto_map = dict(AUTO_MAP)
+        super().save_pretrained(save_directory, **kwargs)
+        copy_remote_code(__file__, save_directory)
+        if self.norm_stats:
+            text = json.dumps(self.norm_stats, indent=2)
+            (Path(save_directory) / STATISTICS_NAME).write_text(text + "\n", encoding="utf-8")
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As [`PretrainedConfig.to_dict`], readable by every supported version of transformers."""
+        output = super().to_dict()
+        text = output["text_config"]
+        if isinstance(text.get("rope_parameters"), dict) and "rope_theta" in text["rope_parameters"]:
+            # transformers 5 writes the base here only, and 4.57 would read its default instead.
+            text["rope_theta"] = text["rope_parameters"]["rope_theta"]
+        return output
+
+    def _set_vision_fields(self, arch_specifier: str | None, use_fused_vision_backbone: bool | None) -> None:
+        towers = self.towers
+        if len(towers) not in (1, 2):
+            raise ValueError(f"An OpenVLA has one or two vision towers, got {len(towers)}.")
+        if len({(tower.image_size, tower.num_patches) for tower in towers}) > 1:
+            raise ValueError(f"Both towers need the same image size and number of patches, got {towers}.")
+        fused = len(towers) == 2
+        if use_fused_vision_backbone not in (None, fused):
+            raise ValueError(f"`use_fused_vision_backbone={use_fused_vision_backbone}` with {len(towers)} tower(s).")
+        self.use_fused_vision_backbone = fused
+        self.arch_specifier = arch_specifier or ("no-align+fused-gelu-mlp" if fused else "no-align+gelu-mlp")
+        _, published = VISION_BACKBONES.get(self.vision_backbone_id, (None, []))
+        self.timm_model_ids = [name for name, _ in published]
+        self.timm_override_act_layers = ["quick_gelu" if "clip_" in name else None for name, _ in published]
+        self.image_sizes = [tower.image_size for tower in towers]
+
+    def _make_text_config(self, text_config: dict | PretrainedConfig | None) -> PretrainedConfig:
+        self.hf_llm_id, sizes, default_type = None, {}, "llama"
+        if self.llm_backbone_id is not None:
+            self.hf_llm_id, default_type, sizes, _ = _look_up("llm_backbone_id", self.llm_backbone_id, LANGUAGE_MODELS)
+        if isinstance(text_config, PretrainedConfig):
+            return text_config
+        if text_config is None:
+            # The published checkpoints pad the vocabulary by 64 rows, the first of which is <PAD>.
+            text_config = {"vocab_size": sizes.get("vocab_size", 32064), "pad_token_id": 32000}
+        text_config = {**sizes, **text_config}
+        return CONFIG_MAPPING[text_config.pop("model_type", default_type)](**text_config)
+
+    def _default_closing_token(self) -> int | None:
+        if self.llm_backbone_id is None:
+            raise ValueError("`closing_token_id` must be given (an id, or None) where `llm_backbone_id` is None.")
+        return LANGUAGE_MODELS[self.llm_backbone_id][3]
+
+    def _check_tokens(self) -> None:
+        vocab_size = self.text_config.vocab_size
+        if not 0 < self.n_action_bins <= self.action_token_end <= vocab_size:
+            raise ValueError(
+                f"The {self.n_action_bins} action tokens before id {self.action_token_end} do not fit into a "
+                f"vocabulary of {vocab_size}."
+            )
+        if not 0 <= self.image_token_id < vocab_size or self.image_token_id == self.pad_token_id:
+            raise ValueError(
+                f"`image_token_id` {self.image_token_id} must be a row of the vocabulary ({vocab_size}) and not the "
+                f"padding token {self.pad_token_id}."
+            )
+        if self.action_token_begin <= self.image_token_id < self.action_token_end:
+            raise ValueError(f"`image_token_id` {self.image_token_id} is an action token.")
+        if self.norm_type not in ("bounds_q99", "bounds", "normal"):
+            raise ValueError(f"`norm_type` must be 'bounds_q99', 'bounds' or 'normal', got {self.norm_type!r}.")
+
+
+def _look_up(field: str, name: str | None, table: dict[str, Any]) -> Any:
+    if name not in table:
+        raise ValueError(f"`{field}={name!r}` is not known; known are {sorted(table)}.")
+    return table[name]
+
+
+__all__ = ["OpenVLAConfig", "TowerConfig"]

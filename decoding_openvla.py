@@ -1,0 +1,120 @@
+# Copyright 2026 The OpenVLA repository authors. Licensed under the Apache License, Version 2.0.
+"""How the action tokens are decoded from the language model."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import DynamicCache, LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from .configuration_openvla import OpenVLAConfig
+
+
+@dataclass
+class SamplingParams:
+    """
+    How a token is drawn from its logits, as in `generate`.
+
+    Args:
+        do_sample (`bool`): Draw from the distribution instead of taking the most probable token.
+        temperature (`float`), top_k (`int`), top_p (`float`): With `do_sample` only.
+        generator (`torch.Generator`): Source of randomness; the global one by default.
+    """
+
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    generator: torch.Generator | None = None
+
+    def __post_init__(self):
+        warpers = LogitsProcessorList()
+        if self.temperature != 1.0:
+            warpers.append(TemperatureLogitsWarper(self.temperature))
+        if self.top_k is not None:
+            warpers.append(TopKLogitsWarper(self.top_k))
+        if self.top_p is not None:
+            warpers.append(TopPLogitsWarper(self.top_p))
+        if warpers and not self.do_sample:
+            raise ValueError("`temperature`, `top_k` and `top_p` need `do_sample=True`.")
+        self.warpers = warpers
+
+    def select(self, logits: torch.Tensor) -> torch.Tensor:
+        """Index of the chosen token for each row of `logits` (B, V), (B,)."""
+        if not self.do_sample:
+            return logits.argmax(dim=-1)
+        probabilities = self.warpers(None, logits.float()).softmax(dim=-1)
+        return torch.multinomial(probabilities, num_samples=1, generator=self.generator).squeeze(-1)
+
+
+def action_logits_function(head: nn.Module, config: OpenVLAConfig) -> Callable[[torch.Tensor], torch.Tensor]:
+    """
+    Function from hidden states (B, H) to the logits of the action tokens (B, n_action_bins), in the order of the ids.
+
+    Only a plain linear layer that holds its weight can be restricted to the rows of the action tokens; a wrapped,
+    quantised or offloaded one computes all rows.
+    """
+    rows = slice(config.action_token_begin, config.action_token_end)
+    if type(head) is not nn.Linear or hasattr(head, "_hf_hook"):
+        return lambda hidden: head(hidden)[:, rows]
+    bias = None if head.bias is None else head.bias[rows]
+    return lambda hidden: nn.functional.linear(hidden, head.weight[rows], bias)
+
+
+def decode_action_tokens(
+    language_model: nn.Module,
+    config: OpenVLAConfig,
+    inputs_embeds: torch.Tensor,
+    attention_mask: torch.Tensor,
+    num_tokens: int,
+    sampling: SamplingParams,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Decode action tokens one by one with a key-value cache, restricted to the action bins.
+
+    Args:
+        language_model (`nn.Module`): A causal language model.
+        config (`OpenVLAConfig`): Names the action tokens.
+        inputs_embeds (`torch.Tensor`): The prompt, left-padded, (B, T, H).
+        attention_mask (`torch.Tensor`): (B, T), zero at the padding.
+        num_tokens (`int`): Tokens to decode.
+        sampling (`SamplingParams`): Greedy or sampled.
+
+    Returns:
+        `tuple`: Token ids (B, num_tokens), and the logits of the action tokens they were chosen from, in the order of
+        the ids, (B, num_tokens, n_action_bins).
+    """
+    decoder, embed = language_model.get_decoder(), language_model.get_input_embeddings()
+    to_action_logits = action_logits_function(language_model.get_output_embeddings(), config)
+    cache = DynamicCache(config=language_model.config)
+    position_ids = positions_of(attention_mask)  # (B, T)
+    token_ids, logits = [], []
+    for step in range(num_tokens):
+        output = decoder(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        logits.append(to_action_logits(output.last_hidden_state[:, -1]))  # (B, n_action_bins)
+        token_ids.append(sampling.select(logits[-1]) + config.action_token_begin)  # (B,)
+        if step + 1 < num_tokens:
+            inputs_embeds = embed(token_ids[-1][:, None])  # (B, 1, H)
+            attention_mask = torch.cat([attention_mask, attention_mask.new_ones(len(attention_mask), 1)], dim=1)
+            position_ids = position_ids[:, -1:] + 1  # (B, 1)
+    return torch.stack(token_ids, dim=1), torch.stack(logits, dim=1)
+
+
+def left_pad(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Move the padding of each row to its left, keeping the order of the tokens; both (B, T)."""
+    order = attention_mask.ne(0).to(torch.uint8).argsort(dim=1, stable=True)
+    return input_ids.gather(1, order), attention_mask.gather(1, order)
+
+
+def positions_of(attention_mask: torch.Tensor) -> torch.Tensor:
+    """Positions that count from the first attended token of each row, (B, T)."""
+    padding = attention_mask.ne(0).to(torch.uint8).argmax(dim=1, keepdim=True)  # (B, 1)
+    positions = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+    return (positions - padding).clamp(min=0)  # (B, T)

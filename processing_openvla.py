@@ -1,0 +1,589 @@
+# Copyright 2026 The OpenVLA repository authors. Licensed under the Apache License, Version 2.0.
+"""Image processor and processor: camera images and instructions in, model inputs out, and actions back."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.processing_utils import ProcessorMixin
+from transformers.utils import cached_file, logging
+
+from .action_codec_openvla import ActionCodec, normalize, select_row_statistics, unnormalize
+from .configuration_openvla import OpenVLAConfig, check_statistics, copy_remote_code, load_statistics
+
+
+logger = logging.get_logger(__name__)
+
+ImageInput = Image.Image | np.ndarray | torch.Tensor
+
+PROCESSOR_AUTO_MAP = {
+    "AutoImageProcessor": "processing_openvla.OpenVLAImageProcessor",
+    "AutoProcessor": "processing_openvla.OpenVLAProcessor",
+}
+
+# Sides of an image, in pixels, that can be a camera frame: below, there is nothing to see; above, one frame alone
+# takes hundreds of megabytes.
+MIN_IMAGE_SIDE, MAX_IMAGE_SIDE = 8, 8192
+
+_INSTRUCTION = "What action should the robot take to {instruction}?"
+PROMPT_TEMPLATES = {
+    "pure": f"In: {_INSTRUCTION}\nOut:",
+    "vicuna": (
+        "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+        f"detailed, and polite answers to the user's questions. USER: {_INSTRUCTION} ASSISTANT:"
+    ),
+}
+
+
+def to_pil_rgb(image: ImageInput) -> Image.Image:
+    """
+    One image as an RGB picture; grayscale is repeated, alpha dropped, a palette looked up.
+
+    Args:
+        image: A PIL image; an array, (H, W) or (H, W, C) with C in {1, 3, 4}; or a tensor of these shapes or
+            (C, H, W). uint8 in [0, 255] or floating point in [0, 1].
+
+    Raises:
+        ValueError: On another type, shape, dtype or range, NaN, or a file that cannot be decoded.
+    """
+    if not isinstance(image, Image.Image):
+        image = Image.fromarray(_to_uint8_array(image))
+    width, height = image.size
+    if not MIN_IMAGE_SIDE <= min(width, height) <= max(width, height) <= MAX_IMAGE_SIDE:
+        raise ValueError(
+            f"An image of {width}x{height} pixels was given; both sides must be between {MIN_IMAGE_SIDE} and "
+            f"{MAX_IMAGE_SIDE}."
+        )
+    if image.mode in ("I", "F") or image.mode.startswith("I;"):
+        raise ValueError(f"An image of mode {image.mode!r} holds depth or raw sensor values, not 8-bit colours.")
+    try:
+        return image.convert("RGB")
+    except (OSError, SyntaxError) as error:
+        name = getattr(image, "filename", "") or "the image"
+        raise ValueError(f"{name} ({width}x{height} pixels) cannot be decoded: {error}.") from error
+
+
+def _to_uint8_array(image: np.ndarray | torch.Tensor) -> np.ndarray:
+    """uint8 (H, W) or (H, W, C) of an array or a tensor."""
+    if isinstance(image, torch.Tensor):
+        image = image.detach().cpu()
+        image = (image.float() if image.is_floating_point() else image).numpy()
+        if image.ndim == 3 and image.shape[0] in (1, 3, 4):
+            image = image.transpose(1, 2, 0)  # (C, H, W) -> (H, W, C)
+    elif not isinstance(image, np.ndarray):
+        raise ValueError(f"An image must be a PIL image, an array or a tensor, got {type(image).__name__}.")
+    if image.ndim == 3 and image.shape[-1] not in (1, 3, 4) and image.shape[0] in (1, 3, 4):
+        image = image.transpose(1, 2, 0)
+    if image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[-1] not in (1, 3, 4)):
+        raise ValueError(f"An image must be of shape (H, W) or (H, W, 1, 3 or 4), got {image.shape}.")
+    if image.ndim == 3 and image.shape[-1] == 1:
+        image = image[..., 0]
+    if np.issubdtype(image.dtype, np.floating):
+        if not np.isfinite(image).all():
+            raise ValueError("The image holds NaN or infinite pixels.")
+        low, high = image.min(initial=0.0), image.max(initial=0.0)
+        if low < 0.0 or high > 1.0:
+            raise ValueError(f"A floating-point image must lie in [0, 1], got [{low}, {high}]; or pass uint8.")
+        image = np.rint(image * 255.0).astype(np.uint8)
+    if image.dtype != np.uint8:
+        raise ValueError(f"An image must be uint8, or floating point in [0, 1], got {image.dtype}.")
+    return np.ascontiguousarray(image)
+
+
+def resize_short_side(image: Image.Image, size: int) -> Image.Image:
+    """Bicubic, the shorter side to `size`, keeping the aspect ratio."""
+    width, height = image.size
+    if width <= height:
+        return image.resize((size, int(size * height / width)), Image.Resampling.BICUBIC)
+    return image.resize((int(size * width / height), size), Image.Resampling.BICUBIC)
+
+
+def center_crop(image: Image.Image, size: int) -> Image.Image:
+    left, top = round((image.width - size) / 2), round((image.height - size) / 2)
+    return image.crop((left, top, left + size, top + size))
+
+
+def pad_to_square(image: Image.Image, fill: Sequence[int]) -> Image.Image:
+    """Borders of the same width on opposite sides; an odd difference leaves one pixel."""
+    side = max(image.size)
+    horizontal, vertical = (side - image.width) // 2, (side - image.height) // 2
+    return ImageOps.expand(image, (horizontal, vertical, horizontal, vertical), fill=tuple(fill))
+
+
+class OpenVLAImageProcessor(BaseImageProcessor):
+    """
+    Camera images to `pixel_values`: resize, crop, scale to [0, 1], normalise once per tower.
+
+    Reads the published `preprocessor_config.json` and writes the same fields. The `tvf_*` fields, where they are
+    given, decide: the published ones hold constants rounded to bfloat16, and training used those.
+
+    Args:
+        use_fused_vision_backbone (`bool`): Whether there are two towers.
+        image_resize_strategy (`str`): `resize-naive` (squash), `resize-crop` (short side, then centre crop) or
+            `letterbox` (pad to a square, then resize).
+        input_sizes (`list`): (channels, height, width) per tower.
+        interpolations (`list[str]`): `bicubic` per tower.
+        means, stds (`list`): Per tower and channel.
+        tvf_do_letterbox, tvf_letterbox_fill, tvf_resize_params, tvf_crop_params, tvf_normalize_params: The same
+            settings as torchvision arguments.
+    """
+
+    model_input_names = ["pixel_values"]
+
+    def __init__(
+        self,
+        use_fused_vision_backbone: bool = False,
+        image_resize_strategy: str = "letterbox",
+        input_sizes: Sequence[Sequence[int]] | None = None,
+        interpolations: Sequence[str] | None = None,
+        means: Sequence[Sequence[float]] | None = None,
+        stds: Sequence[Sequence[float]] | None = None,
+        tvf_do_letterbox: bool | None = None,
+        tvf_letterbox_fill: Sequence[int] | None = None,
+        tvf_resize_params: list[dict] | None = None,
+        tvf_crop_params: list[dict] | None = None,
+        tvf_normalize_params: list[dict] | None = None,
+        **kwargs,
+    ):
+        for name in ("auto_map", "image_processor_type"):
+            kwargs.pop(name, None)
+        super().__init__(**kwargs)
+        self.auto_map = dict(PROCESSOR_AUTO_MAP)
+        self.use_fused_vision_backbone = use_fused_vision_backbone
+        self.image_resize_strategy = image_resize_strategy
+        self.means = [list(mean) for mean in means or [(0.5, 0.5, 0.5)]]
+        self.stds = [list(std) for std in stds or [(0.5, 0.5, 0.5)]]
+        num_towers = len(self.means)
+        self.input_sizes = [list(size) for size in input_sizes or [(3, 224, 224)] * num_towers]
+        self.interpolations = list(interpolations or ["bicubic"] * num_towers)
+        self._check_settings()
+
+        side, letterbox = self.input_sizes[0][-1], image_resize_strategy == "letterbox"
+        size = [side, side] if image_resize_strategy == "resize-naive" else side
+        resize = {"antialias": True, "interpolation": 3, "max_size": None, "size": size}
+        self.tvf_do_letterbox = letterbox if tvf_do_letterbox is None else tvf_do_letterbox
+        # The last tower's mean, as published.
+        fill = [int(255 * value) for value in self.means[-1]] if letterbox else None
+        self.tvf_letterbox_fill = tvf_letterbox_fill or fill
+        self.tvf_resize_params = tvf_resize_params or [dict(resize) for _ in range(num_towers)]
+        self.tvf_crop_params = tvf_crop_params or [{"output_size": [side, side]} for _ in range(num_towers)]
+        self.tvf_normalize_params = tvf_normalize_params or [
+            {"inplace": False, "mean": mean, "std": std} for mean, std in zip(self.means, self.stds, strict=True)
+        ]
+
+    def preprocess(
+        self, images: ImageInput | Sequence[ImageInput], return_tensors: str | None = "pt", **kwargs
+    ) -> BatchFeature:
+        """
+        Args:
+            images: One image or a batch: see [`to_pil_rgb`]; arrays and tensors may carry a leading batch axis.
+            return_tensors (`str`, *optional*, defaults to `"pt"`): `pt` or `np`.
+
+        Returns:
+            `BatchFeature`: `pixel_values`, float32 (B, 3 * towers, S, S).
+        """
+        pixels = np.stack([self.resize(to_pil_rgb(image)) for image in as_image_list(images)])  # (B, S, S, 3)
+        planes = pixels.transpose(0, 3, 1, 2)[:, None].astype(np.float32, order="C")  # (B, 1, 3, S, S)
+        planes /= np.float32(255.0)
+        mean, std = (
+            np.array([tower[name] for tower in self.tvf_normalize_params], dtype=np.float32)[..., None, None]
+            for name in ("mean", "std")
+        )  # (towers, 3, 1, 1)
+        values = planes - mean  # (B, towers, 3, S, S)
+        values /= std
+        return BatchFeature({"pixel_values": values.reshape(len(values), -1, *values.shape[3:])}, return_tensors)
+
+    def resize(self, image: Image.Image) -> np.ndarray:
+        """uint8 (S, S, 3) of an RGB picture, by the resize strategy."""
+        side = self.tvf_crop_params[0]["output_size"][0]
+        if self.tvf_do_letterbox:
+            image = pad_to_square(image, self.tvf_letterbox_fill)
+        size = self.tvf_resize_params[0]["size"]
+        if isinstance(size, int):
+            image = resize_short_side(image, size)
+        else:
+            image = image.resize((size[1], size[0]), Image.Resampling.BICUBIC)
+        return np.asarray(image if image.size == (side, side) else center_crop(image, side))
+
+    def _check_settings(self) -> None:
+        num_towers = len(self.means)
+        if num_towers != 1 + self.use_fused_vision_backbone:
+            raise ValueError(
+                f"`use_fused_vision_backbone={self.use_fused_vision_backbone}` with means for {num_towers} tower(s)."
+            )
+        if self.image_resize_strategy not in ("resize-naive", "resize-crop", "letterbox"):
+            raise ValueError(
+                "`image_resize_strategy` must be 'resize-naive', 'resize-crop' or 'letterbox', got "
+                f"{self.image_resize_strategy!r}."
+            )
+        if set(self.interpolations) != {"bicubic"}:
+            raise ValueError(f"`interpolations` must be 'bicubic', got {self.interpolations}.")
+        if len({tuple(size) for size in self.input_sizes}) > 1:
+            raise ValueError(f"The towers share one picture and need one size, got {self.input_sizes}.")
+
+
+def as_image_list(images: ImageInput | Sequence[ImageInput]) -> list[ImageInput]:
+    """A list of single images."""
+    if isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4:
+        images = list(images)
+    elif isinstance(images, (Image.Image, np.ndarray, torch.Tensor)):
+        images = [images]
+    if not isinstance(images, (list, tuple)):
+        raise ValueError(f"`images` must be an image or a list of images, got {type(images).__name__}.")
+    if len(images) == 0:
+        raise ValueError("The batch of images is empty.")
+    return list(images)
+
+
+class OpenVLAProcessor(ProcessorMixin):
+    """
+    Image processor, tokenizer and the statistics of the datasets, behind one call.
+
+    Args:
+        image_processor ([`OpenVLAImageProcessor`]), tokenizer (`PreTrainedTokenizerBase`).
+        prompt_style (`str`, defaults to `"pure"`): Frame of the prompt, one of `PROMPT_TEMPLATES`.
+        norm_type (`str`, defaults to `"bounds_q99"`): How actions are normalised, as in [`OpenVLAConfig`].
+        n_action_bins (`int`, defaults to 256): Number of action tokens.
+        action_token_end (`int`, *optional*): One past the last action token. Default: the tokenizer's vocabulary
+            without added tokens.
+        closing_token_id (`int`, `None` or `"auto"`): Token that ends the prompt; `"auto"`: the tokenizer's lone
+            "▁", or none where it has no such piece.
+    """
+
+    attributes = ["image_processor", "tokenizer"]
+    image_processor_class = "AutoImageProcessor"
+    tokenizer_class = "AutoTokenizer"
+
+    def __init__(
+        self,
+        image_processor: OpenVLAImageProcessor | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        prompt_style: str = "pure",
+        norm_type: str = "bounds_q99",
+        n_action_bins: int = 256,
+        action_token_end: int | None = None,
+        closing_token_id: int | str | None = "auto",
+        chat_template: str | None = None,
+    ):
+        if prompt_style not in PROMPT_TEMPLATES:
+            raise ValueError(f"`prompt_style` must be one of {sorted(PROMPT_TEMPLATES)}, got {prompt_style!r}.")
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+        self.prompt_style = prompt_style
+        self.norm_type = norm_type
+        self.n_action_bins = n_action_bins
+        self.action_token_end = tokenizer.vocab_size if action_token_end is None else action_token_end
+        self.closing_token_id = _lone_space_id(tokenizer) if closing_token_id == "auto" else closing_token_id
+        self._norm_stats: dict[str, dict] = {}
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs) -> "OpenVLAProcessor":
+        """
+        Load from one of our repositories or a published one, whose own code is never used.
+
+        Settings that `processor_config.json` does not hold come from the model's `config.json`, statistics from
+        `dataset_statistics.json` or, where there is none, from `config.json`.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `Path`): Directory or Hub id.
+            kwargs: Hub arguments (`revision`, `token`, `cache_dir`, ...), settings of this class, and arguments of
+                the tokenizer (`padding_side`, ...).
+        """
+        source = str(pretrained_model_name_or_path)
+        hub_names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+        hub_kwargs = {name: kwargs.pop(name) for name in hub_names if kwargs.get(name) is not None}
+        settings = _settings_of_model(source, hub_kwargs)
+        norm_stats = settings.pop("norm_stats")
+        settings |= _read_json(source, "processor_config.json", hub_kwargs)
+        settings |= {name: kwargs.pop(name) for name in _SETTINGS if name in kwargs}
+        tokenizer_kwargs = {name: value for name, value in kwargs.items() if name in _TOKENIZER_ARGUMENTS}
+        processor = cls(
+            OpenVLAImageProcessor.from_pretrained(source, **hub_kwargs),
+            load_tokenizer(source, hub_kwargs, **tokenizer_kwargs),
+            **{name: settings[name] for name in _SETTINGS if name in settings},
+        )
+        processor.norm_stats = norm_stats
+        return processor
+
+    def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs) -> list[str]:
+        """
+        Write image processor, tokenizer, settings and code in the layout that transformers 4.57 and 5 both read.
+
+        Statistics are the model's to save: `dataset_statistics.json` has one writer.
+        """
+        directory = Path(save_directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        self.image_processor.save_pretrained(directory)
+        save_tokenizer(self.tokenizer, directory)
+        settings = {
+            "auto_map": dict(PROCESSOR_AUTO_MAP),
+            "processor_class": type(self).__name__,
+            **{name: getattr(self, name) for name in _SETTINGS},
+        }
+        _write_json(directory / "processor_config.json", settings)
+        copy_remote_code(__file__, directory)
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", directory.name), **kwargs)
+        return [str(path) for path in sorted(directory.iterdir())]
+
+    @property
+    def norm_stats(self) -> dict[str, dict]:
+        """Statistics by dataset name; they can be assigned."""
+        return self._norm_stats
+
+    @norm_stats.setter
+    def norm_stats(self, norm_stats: dict[str, dict]) -> None:
+        self._norm_stats = check_statistics(norm_stats)
+
+    @property
+    def codec(self) -> ActionCodec:
+        return ActionCodec(self.n_action_bins, self.action_token_end)
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return ["input_ids", "attention_mask", "pixel_values"]
+
+    def __call__(
+        self,
+        text: str | Sequence[str] | None = None,
+        images: ImageInput | Sequence[ImageInput] | None = None,
+        *,
+        instruction: str | Sequence[str] | None = None,
+        actions: np.ndarray | Sequence[np.ndarray] | None = None,
+        unnorm_key: str | Sequence[str] | None = None,
+        padding: bool | str | None = None,
+        truncation: bool | str | None = None,
+        max_length: int | None = None,
+        return_tensors: str | None = "pt",
+    ) -> BatchFeature:
+        """
+        Model inputs of one observation or a batch.
+
+        Args:
+            text (`str` or `list[str]`): Whole prompts, tokenised as published: no closing token, and the strings of
+                special tokens become special tokens.
+            images: One image per text: see [`to_pil_rgb`].
+            instruction (`str` or `list[str]`): Instead of `text`, what the robot should do. The prompt is rendered
+                around it, with the closing token; strings of special tokens in it stay text.
+            actions (`np.ndarray`): With `instruction`, the actions to learn, (D,) or (B, D) in the units of the
+                dataset. Their tokens and the stop token follow the prompt, and `labels` are returned.
+            unnorm_key (`str` or `list[str]`): Dataset whose statistics normalise `actions`.
+            padding, truncation, max_length, return_tensors: As in the tokenizer. A batch of instructions is padded
+                by default, and never truncated.
+
+        Returns:
+            `BatchFeature`: `input_ids` and `attention_mask` (B, L), `pixel_values` (B, 3 * towers, S, S) with
+            `images`, and `labels` (B, L) with `actions`.
+
+        Raises:
+            ValueError: On an empty instruction, or numbers of texts, images and actions that differ.
+        """
+        if (text is None) == (instruction is None):
+            raise ValueError("Pass exactly one of `text` (a whole prompt) and `instruction`.")
+        prompts = _as_text_list(text if instruction is None else instruction)
+        image_list = None if images is None else as_image_list(images)
+        if image_list is not None and len(image_list) != len(prompts):
+            raise ValueError(
+                f"Each text needs one image: {len(prompts)} texts and {len(image_list)} images were given."
+            )
+        if instruction is not None:
+            inputs = self._encode_instructions(prompts, actions, unnorm_key, padding, max_length)
+        else:
+            if actions is not None:
+                raise ValueError("`actions` go with `instruction`, not with a whole prompt.")
+            self._check_frame(prompts)
+            inputs = dict(
+                self.tokenizer(prompts, padding=padding or False, truncation=truncation, max_length=max_length)
+            )
+        if image_list is not None:
+            inputs["pixel_values"] = self.image_processor(image_list, return_tensors="np")["pixel_values"]
+        return BatchFeature(inputs, tensor_type=return_tensors)
+
+    def render_prompt(self, instruction: str) -> str:
+        """The prompt around a lower-cased instruction, without the closing token."""
+        return PROMPT_TEMPLATES[self.prompt_style].format(instruction=instruction.lower())
+
+    def decode_actions(
+        self, token_ids: torch.Tensor | np.ndarray | Sequence, unnorm_key: str | Sequence[str] | None = None
+    ) -> np.ndarray:
+        """
+        Actions of action tokens.
+
+        Args:
+            token_ids: Ids of one action (D,) or a batch (B, D).
+            unnorm_key (`str` or `list[str]`, *optional*): Dataset, or one per row; see `predict_action`.
+
+        Returns:
+            `np.ndarray`: float64 of the same shape, in the units of the dataset.
+        """
+        token_ids = token_ids.cpu().numpy() if isinstance(token_ids, torch.Tensor) else np.asarray(token_ids)
+        normalized = self.codec.decode(np.atleast_2d(token_ids))  # (B, D)
+        statistics = select_row_statistics(self.norm_stats, unnorm_key, len(normalized))
+        rows = [
+            unnormalize(row, each["action"], self.norm_type) for row, each in zip(normalized, statistics, strict=True)
+        ]
+        return np.stack(rows).reshape(token_ids.shape)
+
+    def encode_actions(
+        self, actions: np.ndarray | Sequence, unnorm_key: str | Sequence[str] | None = None
+    ) -> np.ndarray:
+        """
+        Action tokens of actions: the inverse of `decode_actions`, up to half a bin and the clipping to the bounds.
+
+        Args:
+            actions: (D,) or (B, D), in the units of the dataset.
+            unnorm_key (`str` or `list[str]`, *optional*): Dataset, or one per row.
+
+        Returns:
+            `np.ndarray`: int64 of the same shape.
+        """
+        actions = np.asarray(actions, dtype=np.float64)
+        batch = np.atleast_2d(actions)
+        statistics = select_row_statistics(self.norm_stats, unnorm_key, len(batch))
+        rows = [normalize(row, each["action"], self.norm_type) for row, each in zip(batch, statistics, strict=True)]
+        return self.codec.encode(np.stack(rows)).reshape(actions.shape)
+
+    def _encode_instructions(
+        self,
+        instructions: list[str],
+        actions: np.ndarray | Sequence | None,
+        unnorm_key: str | Sequence[str] | None,
+        padding: bool | str | None,
+        max_length: int | None,
+    ) -> dict[str, list[list[int]]]:
+        """Ids, mask and labels of the rendered prompts, with the closing token and the actions' tokens."""
+        if any(not instruction.strip() for instruction in instructions):
+            raise ValueError(f"Every instruction needs words, got {instructions}.")
+        prompts = [self.render_prompt(instruction) for instruction in instructions]
+        rows = self.tokenizer(prompts, split_special_tokens=True)["input_ids"]
+        closing = [] if self.closing_token_id is None else [self.closing_token_id]
+        rows = [row + closing for row in rows]
+        targets = [[] for _ in rows]
+        if actions is not None:
+            token_ids = np.atleast_2d(self.encode_actions(actions, unnorm_key)).tolist()
+            if len(token_ids) != len(rows):
+                raise ValueError(f"{len(rows)} instructions and {len(token_ids)} actions were given.")
+            targets = [[*ids, self.tokenizer.eos_token_id] for ids in token_ids]
+
+        labels = [[-100] * len(row) + target for row, target in zip(rows, targets, strict=True)]
+        rows = [row + target for row, target in zip(rows, targets, strict=True)]
+        columns = {
+            "input_ids": (rows, self.tokenizer.pad_token_id),
+            "attention_mask": ([[1] * len(r) for r in rows], 0),
+        }
+        if actions is not None:
+            columns["labels"] = (labels, -100)
+        width = _padded_width(rows, len(rows) > 1 if padding is None else padding, max_length)
+        return {
+            name: [_pad_row(row, fill, width, self.tokenizer.padding_side) for row in column]
+            for name, (column, fill) in columns.items()
+        }
+
+    def _check_frame(self, prompts: list[str]) -> None:
+        start, _, end = PROMPT_TEMPLATES[self.prompt_style].partition("{instruction}")
+        for prompt in prompts:
+            if not (prompt.startswith(start) and prompt.rstrip().endswith(end.rstrip())):
+                logger.warning_once(
+                    f"The prompt {prompt!r} does not have the form {start + '<instruction>' + end!r} that the policy "
+                    "was trained with; pass the bare instruction as `instruction=` to have it rendered."
+                )
+
+
+_SETTINGS = ("prompt_style", "norm_type", "n_action_bins", "action_token_end", "closing_token_id")
+_TOKENIZER_ARGUMENTS = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "pad_token",
+    "model_max_length",
+    "padding_side",
+    "truncation_side",
+    "clean_up_tokenization_spaces",
+)
+
+
+def load_tokenizer(source: str, hub_kwargs: dict[str, Any], **kwargs) -> PreTrainedTokenizerBase:
+    """
+    The tokenizer exactly as its `tokenizer.json` has it.
+
+    The class that a published tokenizer_config.json names is not followed: transformers 5 rebuilds a Llama tokenizer
+    from its vocabulary, with other rules for spaces.
+    """
+    path = cached_file(source, "tokenizer.json", _raise_exceptions_for_missing_entries=False, **hub_kwargs)
+    if path is None:
+        return AutoTokenizer.from_pretrained(source, **hub_kwargs, **kwargs)
+    saved = _read_json(source, "tokenizer_config.json", hub_kwargs)
+    arguments = {name: saved[name] for name in _TOKENIZER_ARGUMENTS if saved.get(name) is not None} | kwargs
+    for name, value in arguments.items():
+        if isinstance(value, dict):  # a serialised AddedToken
+            arguments[name] = value["content"]
+    return PreTrainedTokenizerFast(tokenizer_file=path, model_input_names=["input_ids", "attention_mask"], **arguments)
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+    """Write the tokenizer under names and with fields that transformers 4.57 and 5 both read."""
+    tokenizer.save_pretrained(directory)
+    path = directory / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    for name in ("extra_special_tokens", "is_local", "local_files_only", "backend", "auto_map", "processor_class"):
+        settings.pop(name, None)
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    settings["model_input_names"] = ["input_ids", "attention_mask"]
+    _write_json(path, settings)
+
+
+def _settings_of_model(source: str, hub_kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What the model's configuration beside the processor says of prompt, actions and statistics."""
+    config_file = cached_file(source, "config.json", _raise_exceptions_for_missing_entries=False, **hub_kwargs)
+    if config_file is None:
+        return {"norm_stats": load_statistics(source, **hub_kwargs) or {}}
+    config = OpenVLAConfig.from_pretrained(source, **hub_kwargs)
+    settings = {name: getattr(config, name) for name in _SETTINGS if hasattr(config, name)}
+    if (config.llm_backbone_id or "").startswith("vicuna"):
+        settings["prompt_style"] = "vicuna"
+    return settings | {"norm_stats": config.norm_stats}
+
+
+def _read_json(source: str, name: str, hub_kwargs: dict[str, Any]) -> dict[str, Any]:
+    path = cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
+    return {} if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _as_text_list(texts: str | Sequence[str]) -> list[str]:
+    texts = [texts] if isinstance(texts, str) else list(texts)
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"Expected a text or a list of at least one text, got {texts!r}.")
+    return texts
+
+
+def _lone_space_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    token_id = tokenizer.convert_tokens_to_ids("▁")
+    return None if token_id == tokenizer.unk_token_id else token_id
+
+
+def _padded_width(rows: list[list[int]], padding: bool | str, max_length: int | None) -> int:
+    if padding == "max_length":
+        if max_length is None or max_length < max(map(len, rows)):
+            raise ValueError(f"`max_length` {max_length} must be at least the longest row, {max(map(len, rows))}.")
+        return max_length
+    return max(map(len, rows)) if padding in (True, "longest") else 0
+
+
+def _pad_row(row: list[int], fill: int | None, width: int, side: str) -> list[int]:
+    missing = max(width - len(row), 0)
+    if missing and fill is None:
+        raise ValueError("Prompts of different lengths need a padding token; set `processor.tokenizer.pad_token`.")
+    return row + [fill] * missing if side == "right" else [fill] * missing + row
+
+
+__all__ = ["OpenVLAImageProcessor", "OpenVLAProcessor"]

@@ -1,0 +1,84 @@
+"""
+Write a small, randomly initialised policy with its processor: the start of a training from scratch.
+
+    python tools/init_policy.py --output_dir my_policy
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from load_policy import REPOSITORY, repository_class
+from transformers import PreTrainedTokenizerFast, set_seed
+
+
+IMAGE_SIZE = 112
+VIT = {"embed_dim": 64, "depth": 2, "num_heads": 4, "mlp_dim": 256, "image_size": IMAGE_SIZE, "output_block": -1}
+TOWERS = [
+    {**VIT, "class_token": True, "num_registers": 4, "layer_scale": True, "final_norm": False},
+    {**VIT, "final_norm": False},
+]
+LANGUAGE_MODEL = {
+    "model_type": "llama",
+    "hidden_size": 128,
+    "intermediate_size": 352,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+}
+
+
+def make_statistics(dataset: str) -> dict[str, dict]:
+    """Statistics of a dataset whose actions already lie in [-1, 1], the gripper in [0, 1] and not normalised."""
+    low, high = [-1.0] * 6 + [0.0], [1.0] * 7
+    block = {"mean": [0.0] * 6 + [0.5], "std": [0.5] * 7, "min": low, "max": high, "q01": low, "q99": high}
+    action = {**block, "mask": [True] * 6 + [False]}
+    zeros = {name: [0.0] * 8 for name in block}
+    return {dataset: {"action": action, "proprio": zeros, "num_transitions": 0, "num_trajectories": 0}}
+
+
+def write_policy(output_dir: Path, seed: int, dataset: str) -> None:
+    """Write model, processor and statistics into `output_dir`."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(REPOSITORY)
+    pad_to_multiple_of = 64
+    vocab_size = -(-len(tokenizer) // pad_to_multiple_of) * pad_to_multiple_of
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    config = repository_class("OpenVLAConfig")(
+        vision_backbone_id=None,
+        llm_backbone_id=None,
+        tower_configs=TOWERS,
+        text_config={**LANGUAGE_MODEL, **special, "vocab_size": vocab_size},
+        norm_stats=make_statistics(dataset),
+        action_token_end=tokenizer.vocab_size,
+        closing_token_id=tokenizer.convert_tokens_to_ids("▁"),
+        pad_token_id=tokenizer.pad_token_id,
+        pad_to_multiple_of=pad_to_multiple_of,
+    )
+    set_seed(seed)
+    model = repository_class("OpenVLAForActionPrediction")(config)
+    for name, token_id in special.items():
+        setattr(model.generation_config, name, token_id)
+    image_processor = repository_class("OpenVLAImageProcessor")(
+        use_fused_vision_backbone=True,
+        image_resize_strategy="resize-naive",
+        input_sizes=[(3, IMAGE_SIZE, IMAGE_SIZE)] * 2,
+        means=[(0.485, 0.456, 0.406), (0.5, 0.5, 0.5)],
+        stds=[(0.229, 0.224, 0.225), (0.5, 0.5, 0.5)],
+    )
+    model.to(torch.bfloat16).save_pretrained(output_dir)
+    repository_class("OpenVLAProcessor")(image_processor, tokenizer).save_pretrained(output_dir)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dataset", default="tabletop", help="name of the dataset in the statistics")
+    arguments = parser.parse_args()
+    write_policy(arguments.output_dir, arguments.seed, arguments.dataset)
+    size = sum(path.stat().st_size for path in arguments.output_dir.glob("*.safetensors"))
+    print(f"{arguments.output_dir}: a randomly initialised policy, {size / 1e6:.1f} MB of weights")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""The one loader that every command uses: our repositories and published ones, local or on the Hub."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor, PretrainedConfig, PreTrainedModel, ProcessorMixin
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+_FILES = {
+    "OpenVLAConfig": "configuration_openvla",
+    "OpenVLAForActionPrediction": "modeling_openvla",
+    "OpenVLAImageProcessor": "processing_openvla",
+    "OpenVLAProcessor": "processing_openvla",
+}
+
+
+def repository_class(name: str) -> type:
+    """
+    A class of this checkout's remote code, such as `OpenVLAForActionPrediction`.
+
+    Raises:
+        ValueError: Listing the classes there are, if `name` is not one of them.
+    """
+    if name not in _FILES:
+        raise ValueError(f"{name!r} is not a class of the remote code; known: {sorted(_FILES)}.")
+    return get_class_from_dynamic_module(f"{_FILES[name]}.{name}", str(REPOSITORY))
+
+
+def carries_our_code(source: str | Path, **hub_kwargs: Any) -> bool:
+    """Whether the `auto_map` of a repository's config.json names this project's files."""
+    config, _ = PretrainedConfig.get_config_dict(str(source), **hub_kwargs)
+    return "configuration_openvla" in config.get("auto_map", {}).get("AutoConfig", "")
+
+
+def load_policy(
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    dtype: str | torch.dtype = "auto",
+    **model_kwargs: Any,
+) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """
+    Load a policy and its processor.
+
+    A repository that carries our code is loaded by the Auto classes, with that code. Any other OpenVLA repository,
+    such as a published one, is loaded by the code of this checkout: its own is never run.
+
+    Args:
+        source (`str` or `Path`): Directory or Hub id.
+        revision (`str`, *optional*): Branch, tag or commit on the Hub.
+        dtype (`str` or `torch.dtype`, defaults to `"auto"`): Of the weights; `"auto"`: as they were saved.
+        model_kwargs: Further arguments of the model's `from_pretrained`: `device_map`, `attn_implementation`,
+            `quantization_config`, ...
+
+    Returns:
+        `tuple`: Model, in evaluation mode, and processor.
+    """
+    hub_kwargs = {} if revision is None else {"revision": revision}
+    if carries_our_code(source, **hub_kwargs):
+        hub_kwargs["trust_remote_code"] = True
+        model_class, processor_class = AutoModelForImageTextToText, AutoProcessor
+    else:
+        model_class = repository_class("OpenVLAForActionPrediction")
+        processor_class = repository_class("OpenVLAProcessor")
+    processor = processor_class.from_pretrained(str(source), **hub_kwargs)
+    model = model_class.from_pretrained(str(source), dtype=dtype, **hub_kwargs, **model_kwargs)
+    return model.eval(), processor
