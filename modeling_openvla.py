@@ -173,8 +173,11 @@ class VisionTower(nn.Module):
         self.blocks = nn.ModuleList([VisionBlock(config) for _ in range(config.depth)])
         self.norm = nn.LayerNorm(dim, eps=config.norm_eps) if config.final_norm else nn.Identity()
         self.attn_pool = AttentionPool(config) if config.attention_pool else nn.Identity()
-        # Gradients of what never runs would be missing: DDP waits for them, weight decay moves them.
-        for module in (*self.blocks[config.num_used_blocks :], self.norm, self.attn_pool):
+        self.freeze_unused()
+
+    def freeze_unused(self) -> None:
+        """Take what never runs out of training: DDP would wait for its gradients, weight decay would move it."""
+        for module in (*self.blocks[self.config.num_used_blocks :], self.norm, self.attn_pool):
             module.requires_grad_(False)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -239,6 +242,11 @@ class OpenVLAPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        # It is the language model's. transformers guesses from the source code, and takes the towers' for it.
+        return True
+
     def _init_weights(self, module: nn.Module) -> None:
         std = self.config.text_config.initializer_range
         if isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding)):
@@ -292,7 +300,11 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         if isinstance(quantization_config, BitsAndBytesConfig) and quantization_config.llm_int8_skip_modules is None:
             kwargs["quantization_config"] = copy.deepcopy(quantization_config)
             kwargs["quantization_config"].llm_int8_skip_modules = list(UNQUANTIZED_MODULES)
-        return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        result = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        # transformers 5 puts new parameters in the place of those that were frozen.
+        for tower in (result[0] if isinstance(result, tuple) else result).vision_backbone.children():
+            tower.freeze_unused()
+        return result
 
     def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs) -> None:
         """As [`PreTrainedModel.save_pretrained`], with `dataset_statistics.json` and the code beside the weights."""

@@ -63,9 +63,9 @@ def policy():
     return load_policy(REPOSITORY, dtype=torch.float32)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def processor():
-    """The processor of this checkout. Do not change it."""
+    """The processor of this checkout, fresh for each test."""
     return repository_class("OpenVLAProcessor").from_pretrained(REPOSITORY)
 
 
