@@ -300,7 +300,15 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         if isinstance(quantization_config, BitsAndBytesConfig) and quantization_config.llm_int8_skip_modules is None:
             kwargs["quantization_config"] = copy.deepcopy(quantization_config)
             kwargs["quantization_config"].llm_int8_skip_modules = list(UNQUANTIZED_MODULES)
-        result = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        try:
+            result = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        except Exception as error:
+            if type(error).__name__ != "SafetensorError":
+                raise
+            raise OSError(
+                f"The weights of {pretrained_model_name_or_path} cannot be read: {error}. A safetensors file is "
+                "damaged or its download was cut off; remove it and fetch it again."
+            ) from error
         # transformers 5 puts new parameters in the place of those that were frozen.
         for tower in (result[0] if isinstance(result, tuple) else result).vision_backbone.children():
             tower.freeze_unused()

@@ -175,7 +175,7 @@ class TestBatches:
     def test_datasets_of_different_size_in_a_batch(self, sharp_policy, batch):
         model, _ = sharp_policy
         model.norm_stats = {"a": {"action": {"q01": [0.0], "q99": [1.0]}}, **model.norm_stats}
-        with pytest.raises(ValueError, match="same action dimension, got {'a': 1, 'tabletop': 7}"):
+        with pytest.raises(ValueError, match=r"same action dimension, got \{'a': 1, 'tabletop': 7\}"):
             model.predict_action(**batch, unnorm_key=["a", "tabletop", "a"])
         assert model.predict_action(**batch, unnorm_key="a").shape == (3, 1)
 
@@ -293,7 +293,7 @@ class TestLoss:
             if checkpointing:
                 model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             model.zero_grad()
-            calls = count_calls(model.vision_backbone.featurizer.blocks[0])
+            calls = count_calls(model.vision_backbone.featurizer.blocks[0].norm1)
             model(**labelled).loss.backward()
             assert len(calls) == 1 + checkpointing  # run again in the backward pass
             gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
@@ -342,12 +342,16 @@ class TestForms:
     def test_attention_implementations_agree(self, sharp_policy, batch):
         model, _ = sharp_policy
         with torch.no_grad():
-            sdpa = model(**batch).logits[batch["attention_mask"].bool().logical_not().any(1).logical_not()]
+            sdpa = model(**batch)
+            assert model.config.text_config._attn_implementation == "sdpa"
             model.set_attn_implementation("eager")
-            eager = model(**batch).logits[batch["attention_mask"].bool().logical_not().any(1).logical_not()]
-        torch.testing.assert_close(eager, sdpa, atol=2e-4, rtol=1e-4)
-        attentions = model(**batch, output_attentions=True).attentions
-        assert len(attentions) == 2
+            assert model.config.text_config._attn_implementation == "eager"
+            eager = model(**batch, output_attentions=True)
+        # At the padding the two differ, and nobody looks.
+        real = batch["attention_mask"].bool()
+        first = model.config.num_image_tokens
+        torch.testing.assert_close(eager.logits[:, first:][real], sdpa.logits[:, first:][real], atol=2e-4, rtol=1e-4)
+        assert len(eager.attentions) == 2
 
     def test_flash_attention_is_supported_where_installed(self):
         assert repository_class("OpenVLAForActionPrediction")._supports_flash_attn
@@ -364,12 +368,12 @@ class TestForms:
         assert np.isfinite(action).all()
 
     @pytest.mark.parametrize(
-        "map_and_usage", [{"device_map": "auto"}, {"low_cpu_mem_usage": True}, {"device_map": {"": "cpu"}}]
+        "options", [{"device_map": "auto"}, {"low_cpu_mem_usage": True}, {"device_map": {"": "cpu"}}]
     )
-    def test_loading_options(self, policy, camera_image, map_and_usage):
+    def test_loading_options(self, policy, camera_image, options):
         model, processor = policy
         inputs = processor(instruction="pick it", images=camera_image)
-        loaded, _ = load_policy(REPOSITORY, dtype=torch.float32, **map_and_usage)
+        loaded, _ = load_policy(REPOSITORY, dtype=torch.float32, **options)
         np.testing.assert_array_equal(loaded.predict_action(**inputs), model.predict_action(**inputs))
 
     def test_output_projector_features(self, sharp_policy, batch):
@@ -388,9 +392,7 @@ class TestForms:
 class TestBadInput:
     def test_statistics_keys(self, sharp_policy, batch):
         model, _ = sharp_policy
-        with pytest.raises(
-            ValueError, match=r"`unnorm_key='bridge'` is not in the statistics; they hold \['tabletop'\]"
-        ):
+        with pytest.raises(ValueError, match=r"`unnorm_key='bridge'` is not .* they hold \['tabletop'\]"):
             model.predict_action(**batch, unnorm_key="bridge")
         with pytest.raises(ValueError, match="2 `unnorm_key`s were given for a batch of 3"):
             model.predict_action(**batch, unnorm_key=["tabletop", "tabletop"])

@@ -58,6 +58,10 @@ def load_policy(
 
     Returns:
         `tuple`: Model, in evaluation mode, and processor.
+
+    Raises:
+        ValueError: If the checkpoint lacks tensors of the model.
+        OSError: If there is no such repository, or its weights are damaged.
     """
     hub_kwargs = {} if revision is None else {"revision": revision}
     if carries_our_code(source, **hub_kwargs):
@@ -67,5 +71,13 @@ def load_policy(
         model_class = repository_class("OpenVLAForActionPrediction")
         processor_class = repository_class("OpenVLAProcessor")
     processor = processor_class.from_pretrained(str(source), **hub_kwargs)
-    model = model_class.from_pretrained(str(source), dtype=dtype, **hub_kwargs, **model_kwargs)
+    model, info = model_class.from_pretrained(
+        str(source), dtype=dtype, output_loading_info=True, **hub_kwargs, **model_kwargs
+    )
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise ValueError(
+            f"{source} lacks {len(missing)} tensors of the model, such as {missing[:3]}; the policy would act on "
+            "random weights."
+        )
     return model.eval(), processor
