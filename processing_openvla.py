@@ -305,11 +305,39 @@ class OpenVLAProcessor(ProcessorMixin):
         tokenizer_kwargs = {name: value for name, value in kwargs.items() if name in _TOKENIZER_ARGUMENTS}
         processor = cls(
             OpenVLAImageProcessor.from_pretrained(source, **hub_kwargs),
-            load_tokenizer(source, hub_kwargs, **tokenizer_kwargs),
+            cls.load_tokenizer(source, hub_kwargs, **tokenizer_kwargs),
             **{name: settings[name] for name in _SETTINGS if name in settings},
         )
         processor.norm_stats = norm_stats
         return processor
+
+    @staticmethod
+    def load_tokenizer(
+        source: str | Path, hub_kwargs: dict[str, Any] | None = None, **kwargs
+    ) -> PreTrainedTokenizerBase:
+        """
+        The tokenizer exactly as its `tokenizer.json` has it.
+
+        The class that a published tokenizer_config.json names is not followed: transformers 5 rebuilds a Llama tokenizer
+        from its vocabulary, with other rules for spaces.
+
+        Args:
+            source (`str` or `Path`): Directory or Hub id.
+            hub_kwargs (`dict`, *optional*): `revision`, `token`, `cache_dir`, ...
+            kwargs: Arguments of the tokenizer, such as `padding_side`.
+        """
+        source, hub_kwargs = str(source), hub_kwargs or {}
+        path = cached_file(source, "tokenizer.json", _raise_exceptions_for_missing_entries=False, **hub_kwargs)
+        if path is None:
+            return AutoTokenizer.from_pretrained(source, **hub_kwargs, **kwargs)
+        saved = _read_json(source, "tokenizer_config.json", hub_kwargs)
+        arguments = {name: saved[name] for name in _TOKENIZER_ARGUMENTS if saved.get(name) is not None} | kwargs
+        for name, value in arguments.items():
+            if isinstance(value, dict):  # a serialised AddedToken
+                arguments[name] = value["content"]
+        return PreTrainedTokenizerFast(
+            tokenizer_file=path, model_input_names=["input_ids", "attention_mask"], **arguments
+        )
 
     def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs) -> list[str]:
         """
@@ -506,24 +534,6 @@ _TOKENIZER_ARGUMENTS = (
     "truncation_side",
     "clean_up_tokenization_spaces",
 )
-
-
-def load_tokenizer(source: str, hub_kwargs: dict[str, Any], **kwargs) -> PreTrainedTokenizerBase:
-    """
-    The tokenizer exactly as its `tokenizer.json` has it.
-
-    The class that a published tokenizer_config.json names is not followed: transformers 5 rebuilds a Llama tokenizer
-    from its vocabulary, with other rules for spaces.
-    """
-    path = cached_file(source, "tokenizer.json", _raise_exceptions_for_missing_entries=False, **hub_kwargs)
-    if path is None:
-        return AutoTokenizer.from_pretrained(source, **hub_kwargs, **kwargs)
-    saved = _read_json(source, "tokenizer_config.json", hub_kwargs)
-    arguments = {name: saved[name] for name in _TOKENIZER_ARGUMENTS if saved.get(name) is not None} | kwargs
-    for name, value in arguments.items():
-        if isinstance(value, dict):  # a serialised AddedToken
-            arguments[name] = value["content"]
-    return PreTrainedTokenizerFast(tokenizer_file=path, model_input_names=["input_ids", "attention_mask"], **arguments)
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
