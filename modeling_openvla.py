@@ -249,14 +249,14 @@ class OpenVLAPreTrainedModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         std = self.config.text_config.initializer_range
-        if isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding)):
+        # The language model, a PreTrainedModel itself, brings its own.
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
             nn.init.normal_(module.weight, mean=0.0, std=std)
-            if getattr(module, "bias", None) is not None:
+            if module.bias is not None:
                 nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.LayerNorm) or "RMSNorm" in type(module).__name__:
+        elif isinstance(module, nn.LayerNorm):
             nn.init.ones_(module.weight)
-            if getattr(module, "bias", None) is not None:
-                nn.init.zeros_(module.bias)
+            nn.init.zeros_(module.bias)
         elif isinstance(module, LayerScale):
             nn.init.ones_(module.scale_factor)
         elif isinstance(module, (VisionTower, AttentionPool)):

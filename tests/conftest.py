@@ -43,13 +43,23 @@ def golden_towers() -> list[dict]:
 
 def load_golden(**kwargs):
     model_class = repository_class("OpenVLAForActionPrediction")
-    return model_class.from_pretrained(GOLDEN / "ckpt", tower_configs=golden_towers(), **kwargs).eval()
+    return model_class.from_pretrained(GOLDEN / "ckpt", tower_configs=golden_towers(), **kwargs)
 
 
 @pytest.fixture(scope="session")
 def golden_model():
     """The golden checkpoint in float32. Do not change it."""
     return load_golden(dtype=torch.float32)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def throw_away_the_first_forward(golden_model):
+    """
+    In about one process of forty, torch 2.13's CPU build computes half of the first cosine of the rotary embedding
+    with an error of 1e-4; from the second forward on it is right. Comparisons to the bit start after it.
+    """
+    with torch.no_grad():
+        golden_model(input_ids=torch.arange(1, 40)[None], pixel_values=torch.zeros(1, 6, 224, 224))
 
 
 @pytest.fixture(scope="session")

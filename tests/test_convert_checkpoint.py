@@ -13,10 +13,18 @@ import numpy as np
 import pytest
 import torch
 from conftest import FIXTURES, GOLDEN, REPOSITORY, golden_towers
-from convert_checkpoint import NORMALIZATION, build_model, choose_checkpoint, convert, rename_native
+from convert_checkpoint import convert
 from hub_server import HubServer
 from load_policy import repository_class
 from model_card import model_card
+from native_checkpoint import (
+    BASE_VLMS,
+    NORMALIZATION,
+    build_model,
+    choose_checkpoint,
+    rename_native,
+    resample_position_embedding,
+)
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -321,12 +329,12 @@ def test_backbone_ids(command, run, tmp_path, capsys):
 
 
 def test_known_base_vlms():
-    config_class, base_vlms = repository_class("OpenVLAConfig"), convert_checkpoint.BASE_VLMS
-    assert base_vlms["siglip-224px+7b"] == ("siglip-vit-so400m", "vicuna-v15-7b", "letterbox")
-    assert base_vlms[BASE_VLM] == ("dinosiglip-vit-so-224px", "llama2-7b-pure", "resize-naive")
-    assert base_vlms["prism-clip+13b"] == ("clip-vit-l-336px", "llama2-13b-pure", "resize-naive")
-    assert "prism-siglip+13b" not in base_vlms
-    for vision_backbone_id, llm_backbone_id, strategy in set(base_vlms.values()):
+    config_class = repository_class("OpenVLAConfig")
+    assert BASE_VLMS["siglip-224px+7b"] == ("siglip-vit-so400m", "vicuna-v15-7b", "letterbox")
+    assert BASE_VLMS[BASE_VLM] == ("dinosiglip-vit-so-224px", "llama2-7b-pure", "resize-naive")
+    assert BASE_VLMS["prism-clip+13b"] == ("clip-vit-l-336px", "llama2-13b-pure", "resize-naive")
+    assert "prism-siglip+13b" not in BASE_VLMS
+    for vision_backbone_id, llm_backbone_id, strategy in set(BASE_VLMS.values()):
         config_class(vision_backbone_id=vision_backbone_id, llm_backbone_id=llm_backbone_id)
         assert strategy in ("letterbox", "resize-crop", "resize-naive")
 
@@ -351,6 +359,7 @@ def test_overrides_are_checked(run, tmp_path, llama_sized_tokenizer, capsys):
         ('{"tower_sizes": []}', "['tower_sizes'] are not fields of OpenVLAConfig"),
         ("[]", "must hold an object"),
         ("{", "is not JSON"),
+        ('{"text_config": []}', "`text_config` must be an object"),
     ):
         path.write_text(content)
         assert convert_checkpoint.main(arguments) == 1
@@ -441,7 +450,7 @@ def test_position_embedding_is_resampled(command, vlm, timm_files, tmp_path):
 
 
 def test_resampling_of_position_embeddings():
-    resample = convert_checkpoint.resample_position_embedding
+    resample = resample_position_embedding
     # A plane stays a plane: bicubic interpolation reproduces it away from the border.
     y, x = torch.meshgrid(torch.arange(24.0), torch.arange(24.0), indexing="ij")
     plane = torch.stack([x, y, torch.full_like(x, 3.0)], dim=-1).reshape(1, 576, 3)
@@ -545,6 +554,15 @@ def test_native_options_with_a_published_checkpoint(command, published, tmp_path
     assert "Give the directory" in one_error(capsys)
 
 
+@pytest.mark.parametrize("name", ["action_head", "proprio_projector", "noisy_action_projector", "vision_backbone"])
+def test_openvla_oft_is_refused(published, tmp_path, name):
+    """Parts of the policy in files of their own must not get lost."""
+    (published / f"{name}--150000_checkpoint.pt").write_bytes(b"tensors")
+    with pytest.raises(ValueError, match=rf"an OpenVLA-OFT checkpoint.*: without {name}--150000_checkpoint\.pt"):
+        convert(published, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 # Writing
 
 
@@ -646,6 +664,7 @@ status = convert_checkpoint.main(["org/published", f"{converted}/one", "--push_t
 native = ["--tokenizer", tokenizer, "--config", overrides]
 status += convert_checkpoint.main(["org/native", f"{converted}/two", "--push_to_hub", "org/two", *native])
 status += 4 * convert_checkpoint.main(["org/absent", f"{converted}/three"])
+status += 8 * convert_checkpoint.main(["org/oft", f"{converted}/four"])
 sys.exit(status)
 """
 
@@ -659,6 +678,7 @@ def test_from_hub_to_hub(published, run, tmp_path, overrides, llama_sized_tokeni
     with HubServer() as server:
         server.create_repo("org/published", files(published))
         server.create_repo("org/native", files(run))
+        server.create_repo("org/oft", files(published) | {"action_head--150000_checkpoint.pt": b"tensors"})
         result = subprocess.run(
             [sys.executable, "-c", CONVERT_ON_THE_HUB, tmp_path / "converted", overrides, llama_sized_tokenizer],
             env=server.environment(tmp_path / "home") | {"PYTHONPATH": str(REPOSITORY / "tools")},
@@ -666,8 +686,9 @@ def test_from_hub_to_hub(published, run, tmp_path, overrides, llama_sized_tokeni
             text=True,
             check=False,
         )
-        assert result.returncode == 4, result.stderr
+        assert result.returncode == 12, result.stderr
         assert "error: org/absent is not a" in result.stderr
+        assert "error: org/oft is an OpenVLA-OFT checkpoint" in result.stderr
         pushed = {name: server.files(f"org/{name}") for name in ("one", "two")}
     for name, source in (("one", "published"), ("two", "native")):
         directory = tmp_path / "converted" / name

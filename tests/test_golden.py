@@ -45,6 +45,11 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(actual.float(), expected, atol=2e-5 * scale, rtol=0)
 
 
+def test_every_tensor_is_loaded():
+    _, info = load_golden(dtype=torch.float32, output_loading_info=True)
+    assert not any(info[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_logits(golden_model, float32, pixels, case):
     records, golden = float32

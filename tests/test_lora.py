@@ -54,9 +54,15 @@ PUBLISHED_ADAPTER_CONFIG = {
 }
 SCALING = PUBLISHED_ADAPTER_CONFIG["lora_alpha"] / PUBLISHED_ADAPTER_CONFIG["r"]
 
+# peft saves the head with the adapter wherever it is adapted.
+SAVED_HEAD = "base_model.model.language_model.lm_head.base_layer.weight"
+
 PREFIX = "base_model.model."
 DATASET = "bridge_orig"
 PROMPT_IDS = [1, 512, 29901, 1724, 3158, 881, 278, 19964, 2125, 304, 7910, 29973, 13, 3744, 29901, 29871]
+
+# transformers 5 has other names for it; peft uses those that 4.57 knows too.
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
 
 
 def published_shapes(weights: dict[str, list[int]], r: int) -> dict[str, list[int]]:
@@ -79,14 +85,17 @@ def published_adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An adapter of random weights for the golden checkpoint, written by hand: peft has no say in the names."""
     directory = tmp_path_factory.mktemp("published_adapter")
     (directory / "adapter_config.json").write_text(json.dumps(PUBLISHED_ADAPTER_CONFIG))
-    weights = {name: list(weight.shape) for name, weight in base_weights().items()}
+    base = base_weights()
+    shapes = published_shapes({name: list(weight.shape) for name, weight in base.items()}, r=8)
     generator = torch.Generator().manual_seed(0)
-    tensors = {
-        name: torch.randn(shape, generator=generator) * 0.05
-        for name, shape in published_shapes(weights, PUBLISHED_ADAPTER_CONFIG["r"]).items()
-    }
+    tensors = {name: (torch.randn(shape, generator=generator) * 0.05).bfloat16() for name, shape in shapes.items()}
+    tensors[SAVED_HEAD] = base["language_model.lm_head.weight"]
     save_file(tensors, directory / "adapter_model.safetensors")
     return directory
+
+
+def load_published(directory: Path, **kwargs) -> PeftModel:
+    return PeftModel.from_pretrained(load_golden(dtype=torch.float32), directory, **kwargs)
 
 
 @pytest.fixture(scope="module")
@@ -155,13 +164,14 @@ class TestPublishedAdapters:
         }
 
     def test_every_tensor_is_loaded(self, published_adapter):
-        model = PeftModel.from_pretrained(load_golden(dtype=torch.float32), published_adapter)
+        model = load_published(published_adapter)
         saved = load_file(published_adapter / "adapter_model.safetensors")
-        torch.testing.assert_close(get_peft_model_state_dict(model), saved, rtol=0, atol=0)
+        loaded = get_peft_model_state_dict(model, save_embedding_layers=True)
+        torch.testing.assert_close(loaded, {name: tensor.float() for name, tensor in saved.items()}, rtol=0, atol=0)
 
     def test_peft_writes_the_same_names(self, published_adapter, tmp_path):
         config = LoraConfig(r=8, lora_alpha=16, target_modules=PUBLISHED_TARGETS, init_lora_weights="gaussian")
-        get_peft_model(load_golden(dtype=torch.float32), config).save_pretrained(tmp_path)
+        get_peft_model(load_golden(dtype=torch.float32), config).save_pretrained(tmp_path, save_embedding_layers=True)
         written, published = (
             {name: tensor.shape for name, tensor in load_file(directory / "adapter_model.safetensors").items()}
             for directory in (tmp_path, published_adapter)
@@ -169,7 +179,7 @@ class TestPublishedAdapters:
         assert written == published
 
     def test_changes_the_action(self, published_adapter, golden_model, inputs):
-        model = PeftModel.from_pretrained(load_golden(dtype=torch.float32), published_adapter)
+        model = load_published(published_adapter)
         before, after = (m.eval().predict_action(**inputs, unnorm_key=DATASET) for m in (golden_model, model))
         assert np.abs(before - after).max() > 0.001
         with model.disable_adapter():
@@ -177,7 +187,7 @@ class TestPublishedAdapters:
 
     def test_merged_weights(self, published_adapter):
         """Against the definition, W + alpha / r * B A; a convolution's kernel is a matrix of one row per channel."""
-        merged = PeftModel.from_pretrained(load_golden(dtype=torch.float32), published_adapter).merge_and_unload()
+        merged = load_published(published_adapter).merge_and_unload()
         adapter = load_file(published_adapter / "adapter_model.safetensors")
         actual, base = merged.state_dict(), base_weights()
         assert actual.keys() == base.keys()
@@ -185,15 +195,16 @@ class TestPublishedAdapters:
             module = f"{PREFIX}{name.rpartition('.')[0]}"
             expected = weight.float()
             if name.endswith(".weight") and f"{module}.lora_A.weight" in adapter:
-                down, up = (adapter[f"{module}.lora_{side}.weight"].flatten(1) for side in "AB")
+                down, up = (adapter[f"{module}.lora_{side}.weight"].float().flatten(1) for side in "AB")
                 expected = expected + SCALING * (up @ down).view_as(weight)
             torch.testing.assert_close(actual[name], expected, rtol=1e-5, atol=1e-5)
 
     def test_merged_model_acts_saves_and_reloads(self, published_adapter, inputs, tmp_path):
-        model = PeftModel.from_pretrained(load_golden(dtype=torch.float32), published_adapter)
+        model = load_published(published_adapter)
         logits, action = logits_of(model, inputs), model.predict_action(**inputs, unnorm_key=DATASET)
         merged = model.merge_and_unload()
-        torch.testing.assert_close(logits_of(merged, inputs), logits, rtol=1e-5, atol=1e-5)
+        # Of the largest logit: each is a sum of terms of that size.
+        torch.testing.assert_close(logits_of(merged, inputs), logits, rtol=0, atol=1e-5 * logits.abs().max().item())
         merged.save_pretrained(tmp_path / "merged_policy")
         reloaded = AutoModelForImageTextToText.from_pretrained(
             tmp_path / "merged_policy", trust_remote_code=True, dtype=torch.float32
@@ -205,7 +216,7 @@ class TestPublishedAdapters:
 class TestPublishedSizes:
     """On the meta device, where openvla-7b costs nothing."""
 
-    @pytest.fixture(scope="class")
+    @pytest.fixture
     def weights(self) -> dict[str, list[int]]:
         return json.loads((FIXTURES / "openvla_7b_weight_shapes.json").read_text())
 
@@ -223,7 +234,8 @@ class TestPublishedSizes:
 
     def test_published_adapter(self, model, weights):
         adapted = self.add_lora(model)
-        shapes = {name: list(tensor.shape) for name, tensor in get_peft_model_state_dict(adapted).items()}
+        state_dict = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+        shapes = {name: list(tensor.shape) for name, tensor in state_dict.items()}
         assert shapes == published_shapes(weights, r=32)
         # As vla-scripts/finetune.py prints them.
         assert adapted.get_nb_trainable_parameters() == (110_828_288, 7_652_065_472)
@@ -239,32 +251,29 @@ class TestPublishedSizes:
         assert count == 110_828_288 - 1_701_888
 
 
-HEAD_CONFIGS = {
-    "lora": LoraConfig(r=4, target_modules=["lm_head"], init_lora_weights=False),
-    "copy": LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"]),
-}
-
-
 class TestActing:
     @pytest.mark.parametrize("task_type", [None, "CAUSAL_LM"])
     def test_predict_action_and_generate_agree(self, published_adapter, golden_model, inputs, task_type):
         config = LoraConfig.from_pretrained(published_adapter)
         config.task_type = task_type
-        model = PeftModel.from_pretrained(load_golden(dtype=torch.float32), published_adapter, config=config)
+        model = load_published(published_adapter, config=config)
         assert type(model) is (PeftModel if task_type is None else peft.PeftModelForCausalLM)
         token_ids = token_ids_of(model, inputs)
         assert generated_ids(model, inputs) == token_ids
         assert forced_ids(model, inputs, token_ids) == token_ids
         assert token_ids != token_ids_of(golden_model, inputs)
 
-    @pytest.mark.parametrize("kind", HEAD_CONFIGS)
+    @pytest.mark.parametrize("kind", ["lora", "copy"])
     def test_decoding_honours_an_adapted_head(self, golden_model, inputs, kind):
         """Decoding computes only the rows of the action tokens, and must not take them past the adapter."""
         set_seed(0)
-        model = get_peft_model(load_golden(dtype=torch.float32), HEAD_CONFIGS[kind])
-        if kind == "copy":
-            with torch.no_grad():
-                model.get_output_embeddings().modules_to_save["default"].weight.normal_(std=0.5)
+        if kind == "lora":
+            config = LoraConfig(r=4, target_modules=["lm_head"], init_lora_weights=False)
+            model = get_peft_model(load_golden(dtype=torch.float32), config)
+        else:
+            config = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"])
+            model = get_peft_model(load_golden(dtype=torch.float32), config)
+            torch.nn.init.normal_(model.get_output_embeddings().modules_to_save["default"].weight)
         token_ids = token_ids_of(model, inputs)
         assert token_ids != token_ids_of(golden_model, inputs)
         assert generated_ids(model, inputs) == token_ids
@@ -282,6 +291,8 @@ class TestActing:
         config = LoraConfig(r=4, target_modules=["qkv", "q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
         model = get_peft_model(base, config)
         model.save_pretrained(tmp_path / "adapter")
+        saved = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+        assert saved["base_model_name_or_path"] == str(tmp_path / "base_policy")
         loaded = AutoPeftModelForCausalLM.from_pretrained(
             tmp_path / "adapter", trust_remote_code=True, dtype=torch.float32
         )
@@ -289,15 +300,17 @@ class TestActing:
         assert token_ids_of(loaded, inputs) == token_ids_of(model, inputs)
 
 
-def gradients(model, inputs: dict) -> dict[str, torch.Tensor | None]:
+def training_loss(model, inputs: dict) -> torch.Tensor:
     labels = inputs["input_ids"].clone()
     labels[:, :-4] = -100
-    model.train()(**inputs, labels=labels).loss.backward()
+    return model.train()(**inputs, labels=labels).loss
+
+
+def gradients(model, inputs: dict) -> dict[str, torch.Tensor | None]:
+    training_loss(model, inputs).backward()
     return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-# transformers 5 has another name for it.
-@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
 class TestTraining:
     @staticmethod
     def adapted():
@@ -323,13 +336,12 @@ class TestTraining:
 
     def test_a_step_lowers_the_loss_and_leaves_the_base(self, inputs):
         model = self.adapted()
-        labels = torch.cat([torch.full((1, len(PROMPT_IDS) - 4), -100), inputs["input_ids"][:, -4:]], dim=1)
         base = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
         losses = []
         for _ in range(3):
             optimizer.zero_grad()
-            loss = model.train()(**inputs, labels=labels).loss
+            loss = training_loss(model, inputs)
             loss.backward()
             optimizer.step()
             losses.append(loss.item())

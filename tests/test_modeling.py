@@ -376,6 +376,25 @@ class TestForms:
         loaded, _ = load_policy(REPOSITORY, dtype=torch.float32, **options)
         np.testing.assert_array_equal(loaded.predict_action(**inputs), model.predict_action(**inputs))
 
+    @pytest.mark.parametrize(
+        "device_map",
+        [
+            {"vision_backbone": "cpu", "projector": "cpu", "language_model": "disk"},
+            {
+                "vision_backbone": "disk",
+                "projector": "disk",
+                "language_model.model": "cpu",
+                "language_model.lm_head": "disk",
+            },
+        ],
+    )
+    def test_offloaded_to_disk(self, policy, camera_image, device_map, tmp_path):
+        model, processor = policy
+        inputs = processor(instruction="pick it", images=camera_image)
+        loaded, _ = load_policy(REPOSITORY, dtype=torch.float32, device_map=device_map, offload_folder=tmp_path)
+        assert loaded.get_output_embeddings().weight.is_meta
+        np.testing.assert_array_equal(loaded.predict_action(**inputs), model.predict_action(**inputs))
+
     def test_output_projector_features(self, sharp_policy, batch):
         model, _ = sharp_policy
         assert model(**batch).projector_features is None

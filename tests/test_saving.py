@@ -216,6 +216,32 @@ class TestDamage:
             load_policy(tmp_path / "nowhere")
 
 
+def test_published_repository(saved, tmp_path):
+    """A source whose `auto_map` names other code: it is loaded all the same, and that code never runs."""
+    published = tmp_path / "published"
+    shutil.copytree(saved[0], published)
+    for path in published.glob("*_openvla.py"):
+        path.unlink()
+    for name in ("configuration_prismatic.py", "modeling_prismatic.py", "processing_prismatic.py"):
+        (published / name).write_text("raise RuntimeError('this code must not run')\n")
+    for name, auto_map in {
+        "config.json": {
+            "AutoConfig": "configuration_prismatic.OpenVLAConfig",
+            "AutoModelForVision2Seq": "modeling_prismatic.OpenVLAForActionPrediction",
+        },
+        "preprocessor_config.json": {"AutoImageProcessor": "processing_prismatic.PrismaticImageProcessor"},
+        "processor_config.json": {"AutoProcessor": "processing_prismatic.PrismaticProcessor"},
+    }.items():
+        content = json.loads((published / name).read_text()) | {"auto_map": auto_map}
+        (published / name).write_text(json.dumps(content))
+    model, processor = load_policy(published)
+    assert predict(model, processor) == saved[1]
+    model.save_pretrained(tmp_path / "ours")
+    processor.save_pretrained(tmp_path / "ours")
+    assert predict(*load_policy(tmp_path / "ours")) == saved[1]
+    assert "prismatic" not in "".join(path.read_text() for path in (tmp_path / "ours").glob("*.json"))
+
+
 PUSH = """
 import sys
 from transformers import AutoModelForImageTextToText, AutoProcessor
