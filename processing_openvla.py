@@ -318,8 +318,8 @@ class OpenVLAProcessor(ProcessorMixin):
         """
         The tokenizer exactly as its `tokenizer.json` has it.
 
-        The class that a published tokenizer_config.json names is not followed: transformers 5 rebuilds a Llama tokenizer
-        from its vocabulary, with other rules for spaces.
+        The class that a published tokenizer_config.json names is not followed: transformers 5 rebuilds a Llama
+        tokenizer from its vocabulary, with other rules for spaces.
 
         Args:
             source (`str` or `Path`): Directory or Hub id.

@@ -133,13 +133,17 @@ def assert_only_the_language_model_is_quantized(model: nn.Module, quantized_type
     assert set(full.values()) == {torch.bfloat16}, full
 
 
-def assert_action_within_bounds(action: np.ndarray, statistics: dict) -> None:
+def assert_action_within_bounds(model, inputs: dict) -> None:
+    """Predict, and hold the action against the statistics; outside the mask (the gripper) it stays normalised."""
+    output = model.predict_action(**inputs, unnorm_key=DATASET, do_sample=False, return_dict=True)
+    statistics = model.norm_stats[DATASET]["action"]
     low, high, mask = (np.array(statistics[name]) for name in ("q01", "q99", "mask"))
-    assert action.shape == low.shape
-    assert np.isfinite(action).all()
-    # Outside the mask (the gripper) the action is the normalised one.
-    assert (action >= np.where(mask, low, -1)).all()
-    assert (action <= np.where(mask, high, 1)).all()
+    normalized = output.normalized_actions
+    assert output.actions.shape == low.shape
+    assert np.isfinite(normalized).all()
+    assert (np.abs(normalized) <= 1).all()
+    expected = np.where(mask, low + (normalized + 1) / 2 * (high - low), normalized)
+    np.testing.assert_allclose(output.actions, expected, rtol=1e-12, atol=1e-12)
 
 
 class TestWhatIsQuantized:
@@ -201,23 +205,20 @@ class TestWhatIsQuantized:
         set_seed(0)
         pixel_values = torch.randn(1, 3, 28, 28, dtype=torch.bfloat16, device=model.device)
         input_ids = torch.tensor([[1, 300, 301]], device=model.device)
-        action = model.predict_action(input_ids, pixel_values, unnorm_key=DATASET)
-        assert_action_within_bounds(action, model.norm_stats[DATASET]["action"])
+        assert_action_within_bounds(model, {"input_ids": input_ids, "pixel_values": pixel_values})
 
 
 class TestPredictions:
     def test_action_within_bounds(self, checkpoint, quantized, camera_image):
         _, model = quantized
-        inputs = published_inputs(checkpoint, model, camera_image)
-        action = model.predict_action(**inputs, unnorm_key=DATASET, do_sample=False)
-        assert_action_within_bounds(action, model.norm_stats[DATASET]["action"])
+        assert_action_within_bounds(model, published_inputs(checkpoint, model, camera_image))
 
     @pytest.mark.parametrize("name", ["nf4", "int8"])
-    def test_without_a_dtype(self, checkpoint, name, camera_image):
-        """4.57 then makes what is not quantised float16, and 5 bfloat16; the inputs are bfloat16 in both."""
-        model = through_auto_class(checkpoint, **loading_arguments(name))
-        action = model.predict_action(**published_inputs(checkpoint, model, camera_image), unnorm_key=DATASET)
-        assert_action_within_bounds(action, model.norm_stats[DATASET]["action"])
+    @pytest.mark.parametrize("dtype", [{}, {"dtype": torch.float16}], ids=["default", "float16"])
+    def test_inputs_in_bfloat16_whatever_the_model(self, checkpoint, name, dtype, camera_image):
+        """Without a dtype, 4.57 makes float16 what is not quantised, and 5 bfloat16."""
+        model = through_auto_class(checkpoint, **dtype, **loading_arguments(name))
+        assert_action_within_bounds(model, published_inputs(checkpoint, model, camera_image))
 
     def test_black_and_white_differ(self, checkpoint, quantized):
         _, model = quantized
