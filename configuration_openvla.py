@@ -316,6 +316,8 @@ class OpenVLAConfig(PretrainedConfig):
         hub_kwargs = {name: kwargs[name] for name in hub_names if kwargs.get(name) is not None}
         result = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         config = result[0] if isinstance(result, tuple) else result
+        if {"vision_backbone_id", "tower_configs"} & kwargs.keys():
+            config._set_vision_fields(None, kwargs.get("use_fused_vision_backbone"))
         statistics = load_statistics(pretrained_model_name_or_path, **hub_kwargs)
         if statistics is not None and "norm_stats" not in kwargs:
             if config.norm_stats and config.norm_stats != statistics:

@@ -296,10 +296,13 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
             if kwargs.get("quantization_config") is not None:
                 raise ValueError(f"Pass either `quantization_config` or {sorted(flags)}, not both.")
             kwargs["quantization_config"] = BitsAndBytesConfig(**flags)
-        quantization_config = kwargs.get("quantization_config")
-        if isinstance(quantization_config, BitsAndBytesConfig) and quantization_config.llm_int8_skip_modules is None:
-            kwargs["quantization_config"] = copy.deepcopy(quantization_config)
-            kwargs["quantization_config"].llm_int8_skip_modules = list(UNQUANTIZED_MODULES)
+        quantization_config = copy.deepcopy(kwargs.get("quantization_config"))
+        if isinstance(quantization_config, dict) and {"load_in_4bit", "load_in_8bit"} & quantization_config.keys():
+            quantization_config = BitsAndBytesConfig(**quantization_config)
+        if isinstance(quantization_config, BitsAndBytesConfig):
+            if quantization_config.llm_int8_skip_modules is None:
+                quantization_config.llm_int8_skip_modules = list(UNQUANTIZED_MODULES)
+            kwargs["quantization_config"] = quantization_config
         try:
             result = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         except Exception as error:
@@ -315,7 +318,18 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         return result
 
     def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs) -> None:
-        """As [`PreTrainedModel.save_pretrained`], with `dataset_statistics.json` and the code beside the weights."""
+        """
+        As [`PreTrainedModel.save_pretrained`], with `dataset_statistics.json` and the code beside the weights.
+
+        Raises:
+            ValueError: If bitsandbytes has repacked 4-bit weights, which it does at the first prediction on some CPUs
+                and then saves wrong ones.
+        """
+        if any(getattr(getattr(p, "quant_state", None), "packing_format_for_cpu", False) for p in self.parameters()):
+            raise ValueError(
+                "bitsandbytes has repacked the 4-bit weights for this CPU and would save wrong ones: save before the "
+                "first prediction, or load the checkpoint again."
+            )
         hub_names = ("repo_id", "commit_message", "private", "revision", "create_pr", "tags")
         hub_kwargs = {name: kwargs.pop(name) for name in hub_names if name in kwargs}
         super().save_pretrained(save_directory, **kwargs)
@@ -479,7 +493,7 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         statistics = select_row_statistics(self.norm_stats, unnorm_key, len(input_ids))
         if not torch.isfinite(pixel_values).all():
             raise ValueError("`pixel_values` hold NaN or infinite values; the camera image is broken.")
-        if self.training and self.is_gradient_checkpointing:
+        if self.training and any(getattr(module, "gradient_checkpointing", False) for module in self.modules()):
             raise ValueError("`predict_action` needs a cache, which gradient checkpointing turns off: call `eval()`.")
         input_ids, attention_mask, _ = self._expand_image(input_ids, pixel_values, attention_mask)
         inputs_embeds = self._embed(input_ids, self.get_image_features(pixel_values))

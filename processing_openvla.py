@@ -64,7 +64,8 @@ def to_pil_rgb(image: ImageInput) -> Image.Image:
     if image.mode in ("I", "F") or image.mode.startswith("I;"):
         raise ValueError(f"An image of mode {image.mode!r} holds depth or raw sensor values, not 8-bit colours.")
     try:
-        return image.convert("RGB")
+        image.load()
+        return image if image.mode == "RGB" else image.convert("RGB")
     except (OSError, SyntaxError) as error:
         name = getattr(image, "filename", "") or "the image"
         raise ValueError(f"{name} ({width}x{height} pixels) cannot be decoded: {error}.") from error

@@ -42,7 +42,7 @@ def reference(frame: Image.Image) -> torch.Tensor:
         resized = image.resize((SIDE, SIDE), Image.Resampling.BICUBIC)
         cropped = resized.crop((0, 0, SIDE, SIDE))
         levels = torch.from_numpy(np.array(cropped, copy=True)).permute(2, 0, 1).contiguous()  # (3, S, S)
-        pixels = levels.to(torch.float32).div(255)
+        pixels = levels.to(torch.float32).div(255).clone()  # torchvision's `normalize` works on a copy
         shape = (3, 1, 1)
         towers.append(pixels.sub_(torch.tensor(mean).view(shape)).div_(torch.tensor(std).view(shape)))
     return torch.stack([torch.vstack(towers)])

@@ -214,6 +214,14 @@ def test_small_language_models_predict(config_class, processor, camera_image, ll
     assert (logits.argmax(dim=-1) + 768).tolist() == token_ids[0].tolist()
 
 
+def test_towers_given_while_loading(config_class):
+    config = config_class.from_pretrained(REPOSITORY, tower_configs=[{"image_size": 28}])
+    assert config.image_sizes == [28]
+    assert config.use_fused_vision_backbone is False
+    assert config.arch_specifier == "no-align+gelu-mlp"
+    assert config.num_image_tokens == 4
+
+
 class TestStatistics:
     @pytest.fixture
     def source(self, tmp_path):

@@ -22,6 +22,8 @@ PUBLISHED_TARGETS = [
     *("fc1", "fc2", "fc3", "qkv", "proj", "q", "kv"),
 ]
 
+RANK, ALPHA = 8, 16
+
 # adapter_config.json as peft 0.11.1 wrote it after vla-scripts/finetune.py.
 PUBLISHED_ADAPTER_CONFIG = {
     "alpha_pattern": {},
@@ -38,13 +40,13 @@ PUBLISHED_ADAPTER_CONFIG = {
     "layers_pattern": None,
     "layers_to_transform": None,
     "loftq_config": {},
-    "lora_alpha": 16,
+    "lora_alpha": ALPHA,
     "lora_dropout": 0.0,
     "megatron_config": None,
     "megatron_core": "megatron.core",
     "modules_to_save": None,
     "peft_type": "LORA",
-    "r": 8,
+    "r": RANK,
     "rank_pattern": {},
     "revision": None,
     "target_modules": PUBLISHED_TARGETS,
@@ -52,9 +54,25 @@ PUBLISHED_ADAPTER_CONFIG = {
     "use_dora": False,
     "use_rslora": False,
 }
-SCALING = PUBLISHED_ADAPTER_CONFIG["lora_alpha"] / PUBLISHED_ADAPTER_CONFIG["r"]
 
-# peft saves the head with the adapter wherever it is adapted.
+# Written out once, so that the rule behind the other names cannot be wrong in silence.
+PUBLISHED_NAMES = {
+    "base_model.model.vision_backbone.featurizer.patch_embed.proj.lora_A.weight",
+    "base_model.model.vision_backbone.featurizer.blocks.0.attn.qkv.lora_A.weight",
+    "base_model.model.vision_backbone.featurizer.blocks.1.attn.proj.lora_B.weight",
+    "base_model.model.vision_backbone.featurizer.blocks.2.mlp.fc2.lora_B.weight",
+    "base_model.model.vision_backbone.fused_featurizer.patch_embed.proj.lora_B.weight",
+    "base_model.model.vision_backbone.fused_featurizer.blocks.0.mlp.fc1.lora_A.weight",
+    "base_model.model.vision_backbone.fused_featurizer.attn_pool.q.lora_A.weight",
+    "base_model.model.vision_backbone.fused_featurizer.attn_pool.kv.lora_B.weight",
+    "base_model.model.vision_backbone.fused_featurizer.attn_pool.mlp.fc1.lora_A.weight",
+    "base_model.model.projector.fc3.lora_B.weight",
+    "base_model.model.language_model.model.layers.1.self_attn.q_proj.lora_A.weight",
+    "base_model.model.language_model.model.layers.1.mlp.down_proj.lora_B.weight",
+    "base_model.model.language_model.lm_head.lora_A.weight",
+}
+
+# peft saves the head itself with the adapter wherever the head is adapted.
 SAVED_HEAD = "base_model.model.language_model.lm_head.base_layer.weight"
 
 PREFIX = "base_model.model."
@@ -86,7 +104,7 @@ def published_adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("published_adapter")
     (directory / "adapter_config.json").write_text(json.dumps(PUBLISHED_ADAPTER_CONFIG))
     base = base_weights()
-    shapes = published_shapes({name: list(weight.shape) for name, weight in base.items()}, r=8)
+    shapes = published_shapes({name: list(weight.shape) for name, weight in base.items()}, RANK)
     generator = torch.Generator().manual_seed(0)
     tensors = {name: (torch.randn(shape, generator=generator) * 0.05).bfloat16() for name, shape in shapes.items()}
     tensors[SAVED_HEAD] = base["language_model.lm_head.weight"]
@@ -145,24 +163,6 @@ def forced_ids(model, inputs: dict, token_ids: list[int]) -> list[int]:
 
 
 class TestPublishedAdapters:
-    def test_names(self, published_adapter):
-        names = set(load_file(published_adapter / "adapter_model.safetensors"))
-        # Written out once, so that the rule behind the others cannot be wrong in silence.
-        assert names > {
-            "base_model.model.vision_backbone.featurizer.patch_embed.proj.lora_A.weight",
-            "base_model.model.vision_backbone.featurizer.blocks.0.attn.qkv.lora_A.weight",
-            "base_model.model.vision_backbone.featurizer.blocks.1.attn.proj.lora_B.weight",
-            "base_model.model.vision_backbone.featurizer.blocks.2.mlp.fc2.lora_B.weight",
-            "base_model.model.vision_backbone.fused_featurizer.blocks.0.mlp.fc1.lora_A.weight",
-            "base_model.model.vision_backbone.fused_featurizer.attn_pool.q.lora_A.weight",
-            "base_model.model.vision_backbone.fused_featurizer.attn_pool.kv.lora_B.weight",
-            "base_model.model.vision_backbone.fused_featurizer.attn_pool.mlp.fc1.lora_A.weight",
-            "base_model.model.projector.fc3.lora_B.weight",
-            "base_model.model.language_model.model.layers.1.self_attn.q_proj.lora_A.weight",
-            "base_model.model.language_model.model.layers.1.mlp.down_proj.lora_B.weight",
-            "base_model.model.language_model.lm_head.lora_A.weight",
-        }
-
     def test_every_tensor_is_loaded(self, published_adapter):
         model = load_published(published_adapter)
         saved = load_file(published_adapter / "adapter_model.safetensors")
@@ -170,12 +170,13 @@ class TestPublishedAdapters:
         torch.testing.assert_close(loaded, {name: tensor.float() for name, tensor in saved.items()}, rtol=0, atol=0)
 
     def test_peft_writes_the_same_names(self, published_adapter, tmp_path):
-        config = LoraConfig(r=8, lora_alpha=16, target_modules=PUBLISHED_TARGETS, init_lora_weights="gaussian")
+        config = LoraConfig(r=RANK, target_modules=PUBLISHED_TARGETS)
         get_peft_model(load_golden(dtype=torch.float32), config).save_pretrained(tmp_path, save_embedding_layers=True)
         written, published = (
             {name: tensor.shape for name, tensor in load_file(directory / "adapter_model.safetensors").items()}
             for directory in (tmp_path, published_adapter)
         )
+        assert written.keys() > PUBLISHED_NAMES
         assert written == published
 
     def test_changes_the_action(self, published_adapter, golden_model, inputs):
@@ -196,7 +197,7 @@ class TestPublishedAdapters:
             expected = weight.float()
             if name.endswith(".weight") and f"{module}.lora_A.weight" in adapter:
                 down, up = (adapter[f"{module}.lora_{side}.weight"].float().flatten(1) for side in "AB")
-                expected = expected + SCALING * (up @ down).view_as(weight)
+                expected = expected + ALPHA / RANK * (up @ down).view_as(weight)
             torch.testing.assert_close(actual[name], expected, rtol=1e-5, atol=1e-5)
 
     def test_merged_model_acts_saves_and_reloads(self, published_adapter, inputs, tmp_path):
@@ -236,7 +237,7 @@ class TestPublishedSizes:
         adapted = self.add_lora(model)
         state_dict = get_peft_model_state_dict(adapted, save_embedding_layers=False)
         shapes = {name: list(tensor.shape) for name, tensor in state_dict.items()}
-        assert shapes == published_shapes(weights, r=32)
+        assert shapes == published_shapes(weights, 32)
         # As vla-scripts/finetune.py prints them.
         assert adapted.get_nb_trainable_parameters() == (110_828_288, 7_652_065_472)
 

@@ -307,7 +307,7 @@ class TestFineTuning:
         batch = training_batch(checkpoint, model)
         frozen = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, lr=1e-2)
+        optimizer = torch.optim.AdamW(parameters, lr=5e-3)
         losses = []
         for _ in range(5):
             optimizer.zero_grad()
@@ -315,9 +315,8 @@ class TestFineTuning:
             loss.backward()
             optimizer.step()
             losses.append(loss.item())
-        # Measured: from 7.0 to 6.5. The batch is the same in every step, and nothing else is random.
-        assert np.isfinite(losses).all()
-        assert losses[-1] < losses[0] - 0.2
+        # Measured: from 7.2 to 5.5. The batch is the same in every step, and nothing else is random.
+        assert losses[-1] < losses[0] - 0.5
         assert all(torch.equal(p, frozen[name]) for name, p in model.named_parameters() if name in frozen)
 
     def test_gradient_checkpointing_keeps_the_gradients_of_the_towers(self, checkpoint):
@@ -340,8 +339,6 @@ class TestSaving:
     @pytest.mark.parametrize("name", ["nf4", "nf4_double", "int8"])
     def test_reloaded_model_predicts_the_same(self, checkpoint, name, camera_image, tmp_path):
         model = through_auto_class(checkpoint, dtype=torch.bfloat16, **loading_arguments(name))
-        # Before the first prediction: where the CPU knows AVX512-BF16, bitsandbytes 0.50 rearranges 4-bit weights in
-        # place when they are first used, and without double quantisation saves them in the wrong order.
         model.save_pretrained(tmp_path / "saved_in_few_bits")
         reloaded = through_auto_class(tmp_path / "saved_in_few_bits", dtype=torch.bfloat16)
         assert_only_the_language_model_is_quantized(reloaded, layer_type(name))
@@ -350,3 +347,33 @@ class TestSaving:
         assert torch.equal(logits_of(reloaded, inputs), logits_of(model, inputs))
         expected = model.predict_action(**inputs, unnorm_key=DATASET)
         assert np.array_equal(reloaded.predict_action(**inputs, unnorm_key=DATASET), expected)
+
+    def test_weights_repacked_by_a_prediction_are_not_saved(self, checkpoint, camera_image, tmp_path):
+        """
+        Where the CPU knows AVX512-BF16, bitsandbytes rearranges 4-bit weights in place when they are first used, and
+        would save them in the wrong order.
+        """
+        model = through_auto_class(checkpoint, dtype=torch.bfloat16, **loading_arguments("nf4"))
+        inputs = published_inputs(checkpoint, model, camera_image)
+        expected = model.predict_action(**inputs, unnorm_key=DATASET)
+        states = [getattr(parameter, "quant_state", None) for parameter in model.parameters()]
+        if any(getattr(state, "packing_format_for_cpu", False) for state in states):
+            with pytest.raises(ValueError, match="save before the first prediction"):
+                model.save_pretrained(tmp_path)
+            assert not list(tmp_path.iterdir())
+            return
+        model.save_pretrained(tmp_path)
+        reloaded = through_auto_class(tmp_path, dtype=torch.bfloat16)
+        assert np.array_equal(reloaded.predict_action(**inputs, unnorm_key=DATASET), expected)
+
+
+def test_the_shipped_policy_in_4_bits(camera_image):
+    model, processor = load_policy(REPOSITORY, dtype=torch.bfloat16, quantization_config=nf4())
+    inputs = processor(instruction="pick up the cube", images=camera_image)
+    assert model.predict_action(**inputs).shape == (7,)
+
+
+@pytest.mark.parametrize("load", [through_auto_class, through_the_class])
+def test_a_dictionary_is_a_quantization_config_too(checkpoint, load):
+    model = load(checkpoint, dtype=torch.bfloat16, quantization_config={"load_in_4bit": True})
+    assert_only_the_language_model_is_quantized(model, layer_type("nf4"))

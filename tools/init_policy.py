@@ -21,7 +21,7 @@ TOWERS = [
 LANGUAGE_MODEL = {
     "model_type": "llama",
     "hidden_size": 128,
-    "intermediate_size": 352,
+    "intermediate_size": 384,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
