@@ -1,20 +1,33 @@
 # Copyright 2026 The OpenVLA repository authors. Licensed under the Apache License, Version 2.0.
 """Configuration of OpenVLA: the published fields, the vision towers and the language models that they name."""
 
+import inspect
 import json
 import shutil
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from transformers import AutoConfig, PretrainedConfig
 from transformers.models.auto import CONFIG_MAPPING
 from transformers.utils import cached_file, logging
+from transformers.utils.hub import try_to_load_from_cache
 
 
 logger = logging.get_logger(__name__)
 
 STATISTICS_NAME = "dataset_statistics.json"
+HUB_PUSH_ARGUMENTS = (
+    "repo_id",
+    "commit_message",
+    "commit_description",
+    "private",
+    "token",
+    "revision",
+    "create_pr",
+    "tags",
+)
 
 AUTO_MAP = {
     "AutoConfig": "configuration_openvla.OpenVLAConfig",
@@ -171,6 +184,7 @@ def load_statistics(source: str | Path, **hub_kwargs: Any) -> dict[str, dict] | 
         source = Path(source).parent
     path = cached_file(str(source), STATISTICS_NAME, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
     if path is None:
+        _warn_where_absence_is_unknown(str(source), hub_kwargs)
         return None
     try:
         return check_statistics(json.loads(Path(path).read_text(encoding="utf-8")))
@@ -178,23 +192,53 @@ def load_statistics(source: str | Path, **hub_kwargs: Any) -> dict[str, dict] | 
         raise ValueError(f"{STATISTICS_NAME} of {source} cannot be used: {error}") from error
 
 
+def _warn_where_absence_is_unknown(source: str, hub_kwargs: dict[str, Any]) -> None:
+    """Offline, a file that was never looked up seems to be missing."""
+    if Path(source).is_dir():
+        return
+    lookup = {name: hub_kwargs[name] for name in ("cache_dir", "revision") if name in hub_kwargs}
+    if try_to_load_from_cache(source, STATISTICS_NAME, **lookup) is None:
+        logger.warning(
+            f"Offline it is unknown whether {source} has a {STATISTICS_NAME}. If it has, the statistics of its "
+            "config.json are stale: load it once online, or assign `norm_stats`."
+        )
+
+
 def check_statistics(norm_stats: dict[str, dict]) -> dict[str, dict]:
     """
-    Check that `norm_stats` has the form `{dataset: {"action": {"q01": [...], "q99": [...], ...}}}` and return it.
+    A copy of `norm_stats` in plain lists, if it has the form
+    `{dataset: {"action": {"q01": [...], "q99": [...], "mask": [...], ...}, ...}}`.
 
     Raises:
-        ValueError: Naming the dataset and what is missing there.
+        ValueError: Naming the dataset and what is wrong there.
     """
     if not isinstance(norm_stats, dict):
         raise ValueError(f"expected a dictionary by dataset name, got {type(norm_stats).__name__}.")
+    checked = {}
     for name, statistics in norm_stats.items():
         action = statistics.get("action") if isinstance(statistics, dict) else None
         if not isinstance(action, dict) or not {"q01", "q99"} <= action.keys():
             raise ValueError(f"dataset {name!r} has no `action` statistics with `q01` and `q99`.")
-        lengths = {key: len(value) for key, value in action.items() if isinstance(value, list)}
-        if len(set(lengths.values())) > 1:
-            raise ValueError(f"dataset {name!r} has action statistics of different lengths: {lengths}.")
-    return norm_stats
+        checked[name] = {
+            key: _check_block(name, key, block) if isinstance(block, dict) else block
+            for key, block in statistics.items()
+        }
+    return checked
+
+
+def _check_block(dataset: str, name: str, block: dict[str, Any]) -> dict[str, list]:
+    """One of `action` and `proprio`: a list of numbers, or of booleans for the mask, per statistic."""
+    block = {key: np.asarray(value).tolist() for key, value in block.items() if value is not None}
+    for key, values in block.items():
+        kinds = bool if key == "mask" else (int, float)
+        if not isinstance(values, list) or not all(isinstance(value, kinds) for value in values):
+            raise ValueError(f"dataset {dataset!r}: `{name}.{key}` must be a list of numbers, got {values!r}.")
+        if not np.isfinite(values).all():
+            raise ValueError(f"dataset {dataset!r}: `{name}.{key}` must be finite, got {values}.")
+    lengths = {key: len(values) for key, values in block.items()}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"dataset {dataset!r} has {name} statistics of different lengths: {lengths}.")
+    return block
 
 
 class OpenVLAConfig(PretrainedConfig):
@@ -276,7 +320,6 @@ class OpenVLAConfig(PretrainedConfig):
         self.closing_token_id = self._default_closing_token() if closing_token_id == "auto" else closing_token_id
 
         auto_map = kwargs.pop("auto_map", None) or {}
-        kwargs.pop("pad_token_id", None)
         super().__init__(pad_token_id=pad_token_id, tie_word_embeddings=tie_word_embeddings, **kwargs)
         self.pad_token_id = pad_token_id
         self.tie_word_embeddings = tie_word_embeddings
@@ -316,8 +359,6 @@ class OpenVLAConfig(PretrainedConfig):
         hub_kwargs = {name: kwargs[name] for name in hub_names if kwargs.get(name) is not None}
         result = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         config = result[0] if isinstance(result, tuple) else result
-        if {"vision_backbone_id", "tower_configs"} & kwargs.keys():
-            config._set_vision_fields(None, kwargs.get("use_fused_vision_backbone"))
         statistics = load_statistics(pretrained_model_name_or_path, **hub_kwargs)
         if statistics is not None and "norm_stats" not in kwargs:
             if config.norm_stats and config.norm_stats != statistics:
@@ -325,26 +366,45 @@ class OpenVLAConfig(PretrainedConfig):
             config.norm_stats = statistics
         return result
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        """As [`PretrainedConfig.from_dict`]; overrides are checked, and what follows from them is derived again."""
+        config_dict = dict(config_dict)
+        arguments = inspect.signature(cls.__init__).parameters.keys() - {"self", "kwargs"}
+        overrides = {name: kwargs.pop(name) for name in arguments & kwargs.keys()}
+        if {"vision_backbone_id", "tower_configs"} & overrides.keys():
+            for name in ("use_fused_vision_backbone", "arch_specifier"):
+                config_dict.pop(name, None)
+        if isinstance(overrides.get("text_config"), dict):
+            overrides["text_config"] = {**config_dict.get("text_config", {}), **overrides["text_config"]}
+        return super().from_dict(config_dict | overrides, **kwargs)
+
     def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs) -> None:
         """
         As [`PretrainedConfig.save_pretrained`], with `dataset_statistics.json` and the code that `auto_map` names.
         """
-        self.auto_map = dict(AUTO_MAP)
+        self.auto_map = {**self.auto_map, **AUTO_MAP}
+        hub_kwargs = {name: kwargs.pop(name) for name in HUB_PUSH_ARGUMENTS if name in kwargs}
         super().save_pretrained(save_directory, **kwargs)
         copy_remote_code(__file__, save_directory)
+        statistics = Path(save_directory) / STATISTICS_NAME
         if self.norm_stats:
-            text = json.dumps(self.norm_stats, indent=2)
-            (Path(save_directory) / STATISTICS_NAME).write_text(text + "\n", encoding="utf-8")
+            statistics.write_text(json.dumps(self.norm_stats, indent=2) + "\n", encoding="utf-8")
+        else:
+            statistics.unlink(missing_ok=True)
         if push_to_hub:
-            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
+            self.push_to_hub(**{"repo_id": Path(save_directory).name, **hub_kwargs})
 
     def to_dict(self) -> dict[str, Any]:
         """As [`PretrainedConfig.to_dict`], readable by every supported version of transformers."""
         output = super().to_dict()
-        text = output["text_config"]
-        if isinstance(text.get("rope_parameters"), dict) and "rope_theta" in text["rope_parameters"]:
-            # transformers 5 writes the base here only, and 4.57 would read its default instead.
-            text["rope_theta"] = text["rope_parameters"]["rope_theta"]
+        # transformers 5 writes the settings of the rotary embedding here only, where 4.57 does not look.
+        rope = dict(output["text_config"].get("rope_parameters") or {})
+        for name in ("rope_theta", "partial_rotary_factor"):
+            if name in rope:
+                output["text_config"][name] = rope.pop(name)
+        if rope.get("rope_type", "default") != "default":
+            output["text_config"]["rope_scaling"] = rope
         return output
 
     def _set_vision_fields(self, arch_specifier: str | None, use_fused_vision_backbone: bool | None) -> None:
@@ -369,10 +429,10 @@ class OpenVLAConfig(PretrainedConfig):
             self.hf_llm_id, default_type, sizes, _ = _look_up("llm_backbone_id", self.llm_backbone_id, LANGUAGE_MODELS)
         if isinstance(text_config, PretrainedConfig):
             return text_config
-        if text_config is None:
+        text_config = dict(text_config or {})
+        if self.llm_backbone_id is not None:
             # The published checkpoints pad the vocabulary by 64 rows, the first of which is <PAD>.
-            text_config = {"vocab_size": sizes.get("vocab_size", 32064), "pad_token_id": 32000}
-        text_config = {**sizes, **text_config}
+            text_config = {"vocab_size": 32064, "pad_token_id": 32000, **sizes, **text_config}
         return CONFIG_MAPPING[text_config.pop("model_type", default_type)](**text_config)
 
     def _default_closing_token(self) -> int | None:

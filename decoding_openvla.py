@@ -44,8 +44,18 @@ class SamplingParams:
         """Index of the chosen token for each row of `logits` (B, V), (B,)."""
         if not self.do_sample:
             return logits.argmax(dim=-1)
+        check_finite(logits)
         probabilities = self.warpers(None, logits.float()).softmax(dim=-1)
         return torch.multinomial(probabilities, num_samples=1, generator=self.generator).squeeze(-1)
+
+
+def check_finite(logits: torch.Tensor) -> None:
+    """Raise a `FloatingPointError` for logits that are not finite: their argmax would pass for a full-scale action."""
+    if not torch.isfinite(logits).all():
+        raise FloatingPointError(
+            f"The policy's logits are NaN or infinite. In {logits.dtype} it may have overflowed (float16 does; use "
+            "bfloat16 or float32), or its weights are damaged."
+        )
 
 
 def action_logits_function(head: nn.Module, config: OpenVLAConfig) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -84,6 +94,9 @@ def decode_action_tokens(
     Returns:
         `tuple`: Token ids (B, num_tokens), and the logits of the action tokens they were chosen from, in the order of
         the ids, (B, num_tokens, n_action_bins).
+
+    Raises:
+        FloatingPointError: If logits are not finite.
     """
     decoder, embed = language_model.get_decoder(), language_model.get_input_embeddings()
     to_action_logits = action_logits_function(language_model.get_output_embeddings(), config)
@@ -104,7 +117,9 @@ def decode_action_tokens(
             inputs_embeds = embed(token_ids[-1][:, None])  # (B, 1, H)
             attention_mask = torch.cat([attention_mask, attention_mask.new_ones(len(attention_mask), 1)], dim=1)
             position_ids = position_ids[:, -1:] + 1  # (B, 1)
-    return torch.stack(token_ids, dim=1), torch.stack(logits, dim=1)
+    logits = torch.stack(logits, dim=1)
+    check_finite(logits)
+    return torch.stack(token_ids, dim=1), logits
 
 
 def left_pad(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,13 +9,28 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Cache, GenerationMixin, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    Cache,
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessorList,
+    PreTrainedModel,
+    SuppressTokensLogitsProcessor,
+)
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ModelOutput
 from transformers.utils import logging
 
 from .action_codec_openvla import ActionCodec, action_dim, select_row_statistics, select_statistics, unnormalize
-from .configuration_openvla import OpenVLAConfig, TowerConfig, check_statistics, copy_remote_code
+from .configuration_openvla import (
+    HUB_PUSH_ARGUMENTS,
+    OpenVLAConfig,
+    TowerConfig,
+    check_statistics,
+    copy_remote_code,
+)
 from .decoding_openvla import SamplingParams, decode_action_tokens, left_pad, positions_of
 
 
@@ -160,15 +175,13 @@ class VisionTower(nn.Module):
 
     def __init__(self, config: TowerConfig):
         super().__init__()
-        dim, prefix = config.embed_dim, config.num_prefix_tokens
+        dim = config.embed_dim
         self.config = config
         self.patch_embed = PatchEmbed(config)
-        if config.class_token:
-            self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
-        if config.num_registers:
-            self.reg_token = nn.Parameter(torch.zeros(1, config.num_registers, dim))
-        self.num_embedded_prefix_tokens = prefix if config.embed_class_token else 0
-        self.pos_embed = nn.Parameter(torch.zeros(1, config.num_patches + self.num_embedded_prefix_tokens, dim))
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim)) if config.class_token else None
+        self.reg_token = nn.Parameter(torch.zeros(1, config.num_registers, dim)) if config.num_registers else None
+        num_positions = config.num_patches + (config.num_prefix_tokens if config.embed_class_token else 0)
+        self.pos_embed = nn.Parameter(torch.zeros(1, num_positions, dim))
         self.norm_pre = nn.LayerNorm(dim, eps=config.norm_eps) if config.pre_norm else nn.Identity()
         self.blocks = nn.ModuleList([VisionBlock(config) for _ in range(config.depth)])
         self.norm = nn.LayerNorm(dim, eps=config.norm_eps) if config.final_norm else nn.Identity()
@@ -177,13 +190,18 @@ class VisionTower(nn.Module):
 
     def freeze_unused(self) -> None:
         """Take what never runs out of training: DDP would wait for its gradients, weight decay would move it."""
-        for module in (*self.blocks[self.config.num_used_blocks :], self.norm, self.attn_pool):
+        for module in self.unused_modules():
             module.requires_grad_(False)
+
+    def unused_modules(self) -> list[nn.Module]:
+        """What is held for other runtimes and never runs."""
+        return [*self.blocks[self.config.num_used_blocks :], self.norm, self.attn_pool]
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         hidden = self.patch_embed(pixel_values)  # (B, P, D)
-        prefix = [token.expand(len(hidden), -1, -1) for token in self._prefix_tokens()]
-        if self.num_embedded_prefix_tokens:
+        tokens = [token for token in (self.cls_token, self.reg_token) if token is not None]
+        prefix = [token.expand(len(hidden), -1, -1) for token in tokens]
+        if self.config.embed_class_token:
             hidden = torch.cat([*prefix, hidden], dim=1) + self.pos_embed
         else:
             hidden = torch.cat([*prefix, hidden + self.pos_embed], dim=1)  # (B, prefix + P, D)
@@ -192,9 +210,6 @@ class VisionTower(nn.Module):
             hidden = block(hidden)
         return hidden[:, self.config.num_prefix_tokens :]  # (B, P, D)
 
-    def _prefix_tokens(self) -> list[torch.Tensor]:
-        return [getattr(self, name) for name in ("cls_token", "reg_token") if hasattr(self, name)]
-
 
 class VisionBackbone(nn.Module):
     """One or two towers over the same image, their features side by side."""
@@ -202,13 +217,16 @@ class VisionBackbone(nn.Module):
     def __init__(self, towers: Sequence[TowerConfig]):
         super().__init__()
         self.featurizer = VisionTower(towers[0])
-        if len(towers) == 2:
-            self.fused_featurizer = VisionTower(towers[1])
+        self.fused_featurizer = VisionTower(towers[1]) if len(towers) == 2 else None
         self.embed_dim = sum(tower.embed_dim for tower in towers)
+
+    @property
+    def towers(self) -> list[VisionTower]:
+        return [tower for tower in (self.featurizer, self.fused_featurizer) if tower is not None]
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         images = pixel_values.split(3, dim=1)  # one (B, 3, S, S) per tower
-        features = [tower(image) for tower, image in zip(self.children(), images, strict=True)]
+        features = [tower(image) for tower, image in zip(self.towers, images, strict=True)]
         return torch.cat(features, dim=-1)  # (B, P, embed_dim)
 
 
@@ -217,14 +235,15 @@ class Projector(nn.Module):
 
     def __init__(self, vision_dim: int, text_dim: int, fused: bool):
         super().__init__()
-        widths = [vision_dim, 4 * vision_dim, text_dim, text_dim] if fused else [vision_dim, text_dim, text_dim]
-        for index in range(1, len(widths)):
-            self.add_module(f"fc{index}", nn.Linear(widths[index - 1], widths[index]))
+        hidden_dim = 4 * vision_dim if fused else text_dim
+        self.fc1 = nn.Linear(vision_dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, text_dim)
+        self.fc3 = nn.Linear(text_dim, text_dim) if fused else None
         self.act = nn.GELU()
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         hidden = self.fc2(self.act(self.fc1(features)))
-        return self.fc3(self.act(hidden)) if hasattr(self, "fc3") else hidden
+        return hidden if self.fc3 is None else self.fc3(self.act(hidden))
 
 
 class OpenVLAPreTrainedModel(PreTrainedModel):
@@ -282,6 +301,9 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         # The default dtype is the one asked of `from_pretrained`; text_config may carry another.
         self.language_model = AutoModelForCausalLM.from_config(config.text_config, dtype=torch.get_default_dtype())
         self.codec = ActionCodec.from_config(config)
+        self.num_image_tokens = config.num_image_tokens
+        # FSDP on transformers 4.57 asks the top model alone what not to split.
+        self._no_split_modules = [*self._no_split_modules, *(self.language_model._no_split_modules or ())]
         self.post_init()
 
     @classmethod
@@ -313,11 +335,13 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
                 "damaged or its download was cut off; remove it and fetch it again."
             ) from error
         # transformers 5 puts new parameters in the place of those that were frozen.
-        for tower in (result[0] if isinstance(result, tuple) else result).vision_backbone.children():
+        for tower in (result[0] if isinstance(result, tuple) else result).vision_backbone.towers:
             tower.freeze_unused()
         return result
 
-    def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs) -> None:
+    def save_pretrained(
+        self, save_directory: str | Path, is_main_process: bool = True, *, push_to_hub: bool = False, **kwargs
+    ) -> None:
         """
         As [`PreTrainedModel.save_pretrained`], with `dataset_statistics.json` and the code beside the weights.
 
@@ -330,13 +354,32 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
                 "bitsandbytes has repacked the 4-bit weights for this CPU and would save wrong ones: save before the "
                 "first prediction, or load the checkpoint again."
             )
-        hub_names = ("repo_id", "commit_message", "private", "revision", "create_pr", "tags")
-        hub_kwargs = {name: kwargs.pop(name) for name in hub_names if name in kwargs}
-        super().save_pretrained(save_directory, **kwargs)
+        if push_to_hub and {"state_dict", "variant"} & kwargs.keys():
+            raise ValueError(
+                "`push_to_hub` does not go with `state_dict` or `variant`: save, then upload the directory."
+            )
+        hub_kwargs = {name: kwargs.pop(name) for name in HUB_PUSH_ARGUMENTS if name in kwargs}
+        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        if not is_main_process:
+            return
         copy_remote_code(__file__, save_directory)
         if push_to_hub:
-            hub_kwargs.setdefault("repo_id", Path(save_directory).name)
-            self.push_to_hub(token=kwargs.get("token"), **hub_kwargs)
+            hub_kwargs |= {name: kwargs[name] for name in ("max_shard_size",) if name in kwargs}
+            self.push_to_hub(**{"repo_id": Path(save_directory).name, **hub_kwargs})
+
+    def unused_linear_names(self) -> list[str]:
+        """
+        Names of the linear and convolution layers that never run, for `LoraConfig(exclude_modules=...)`: an adapter
+        there would never get a gradient, which DDP waits for.
+        """
+        unused = {
+            id(part)
+            for tower in self.vision_backbone.towers
+            for root in tower.unused_modules()
+            for part in root.modules()
+        }
+        kinds = (nn.Linear, nn.Conv2d)
+        return [name for name, module in self.named_modules() if id(module) in unused and isinstance(module, kinds)]
 
     @property
     def norm_stats(self) -> dict[str, dict]:
@@ -375,12 +418,6 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         Returns:
             `torch.Tensor`: (B, P, H).
         """
-        side, channels = self.config.image_sizes[0], 3 * len(self.config.image_sizes)
-        if pixel_values.shape[1:] != (channels, side, side):
-            raise ValueError(
-                f"`pixel_values` must be of shape (batch, {channels}, {side}, {side}), got "
-                f"{tuple(pixel_values.shape)}."
-            )
         weight = self.vision_backbone.featurizer.patch_embed.proj.weight
         return self.projector(self.vision_backbone(pixel_values.to(weight.dtype)))
 
@@ -406,7 +443,8 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
 
         Args:
             input_ids (`torch.LongTensor`): (B, L), or (B, T) with placeholders.
-            attention_mask (`torch.Tensor`): The same shape, 0 at padding on either side.
+            attention_mask (`torch.Tensor`): The same shape, 0 at padding on either side. By default, with an image,
+                everything but the padding token.
             pixel_values (`torch.FloatTensor`): (B, 3 * towers, S, S).
             labels (`torch.LongTensor`): The shape of `input_ids`; -100 where nothing is to be predicted.
             inputs_embeds (`torch.FloatTensor`): (B, T, H) instead of `input_ids`, image included.
@@ -426,6 +464,10 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         if pixel_values is not None:
             if input_ids is None:
                 raise ValueError("`pixel_values` need `input_ids`; `inputs_embeds` must hold the image already.")
+            if position_ids is not None and not (input_ids == self.config.image_token_id).any():
+                raise ValueError("`position_ids` need `input_ids` with image placeholders.")
+            if attention_mask is None and (input_ids == self.config.pad_token_id).any():
+                attention_mask = self._default_mask(input_ids, None)
             input_ids, attention_mask, labels = self._expand_image(input_ids, pixel_values, attention_mask, labels)
             features = self.get_image_features(pixel_values)
         if inputs_embeds is None:
@@ -434,6 +476,8 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
             position_ids = positions_of(attention_mask)
 
         config = self.config
+        if use_cache is None and self.training:
+            use_cache = False
         outputs = self.get_decoder()(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -453,18 +497,22 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
             projector_features=features if output_projector_features or config.output_projector_states else None,
         )
-        return output if return_dict is not False else output.to_tuple()
+        return output if (config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
     @torch.no_grad()
     def predict_action(
         self,
         input_ids: torch.LongTensor,
+        unnorm_key: str | Sequence[str] | None = None,
+        *,
         pixel_values: torch.FloatTensor,
         attention_mask: torch.Tensor | None = None,
-        unnorm_key: str | Sequence[str] | None = None,
         do_sample: bool = False,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        generator: torch.Generator | None = None,
         return_dict: bool = False,
-        **sampling,
     ) -> np.ndarray | OpenVLAActionOutput:
         """
         Robot actions for a batch of observations.
@@ -474,13 +522,13 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
 
         Args:
             input_ids (`torch.LongTensor`): (B, L), padded on either side.
-            pixel_values (`torch.FloatTensor`): (B, 3 * towers, S, S).
-            attention_mask (`torch.Tensor`, *optional*): (B, L). By default, everything but the padding token.
             unnorm_key (`str` or `list[str]`, *optional*): Dataset whose statistics scale the action, one for all rows
                 or one per row. May be left out where there is only one.
+            pixel_values (`torch.FloatTensor`): (B, 3 * towers, S, S).
+            attention_mask (`torch.Tensor`, *optional*): (B, L). By default, everything but the padding token.
             do_sample (`bool`, defaults to `False`): Draw the tokens instead of taking the most probable ones.
+            temperature, top_k, top_p, generator (*optional*): With `do_sample`; see [`SamplingParams`].
             return_dict (`bool`, defaults to `False`): Return probabilities and entropy as well.
-            sampling: `temperature`, `top_k`, `top_p` and `generator`, with `do_sample`.
 
         Returns:
             `np.ndarray`: float64 actions in the units of the dataset, (D,) for one observation, else (B, D);
@@ -488,14 +536,16 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
 
         Raises:
             ValueError: On an unknown `unnorm_key`, an empty batch, or pixel values that are not finite.
+            FloatingPointError: If the logits are not finite.
         """
+        sampling = SamplingParams(do_sample, temperature, top_k, top_p, generator)
         input_ids, attention_mask = self._complete_prompt(input_ids, attention_mask)
         statistics = select_row_statistics(self.norm_stats, unnorm_key, len(input_ids))
-        if not torch.isfinite(pixel_values).all():
-            raise ValueError("`pixel_values` hold NaN or infinite values; the camera image is broken.")
         if self.training and any(getattr(module, "gradient_checkpointing", False) for module in self.modules()):
             raise ValueError("`predict_action` needs a cache, which gradient checkpointing turns off: call `eval()`.")
         input_ids, attention_mask, _ = self._expand_image(input_ids, pixel_values, attention_mask)
+        if not torch.isfinite(pixel_values).all():
+            raise ValueError("`pixel_values` hold NaN or infinite values; the camera image is broken.")
         inputs_embeds = self._embed(input_ids, self.get_image_features(pixel_values))
         token_ids, logits = decode_action_tokens(
             self.language_model,
@@ -503,7 +553,7 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
             inputs_embeds,
             attention_mask,
             num_tokens=action_dim(statistics[0]),
-            sampling=SamplingParams(do_sample=do_sample, **sampling),
+            sampling=sampling,
         )
         normalized = self.codec.decode(token_ids.cpu().numpy())  # (B, D)
         norm_type = self.config.norm_type
@@ -519,30 +569,38 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         return OpenVLAActionOutput(actions, normalized, token_ids, probabilities, entropy)
 
     @torch.no_grad()
-    def generate(self, inputs: torch.LongTensor | None = None, **kwargs):
+    def generate(
+        self,
+        inputs: torch.LongTensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        logits_processor: LogitsProcessorList | None = None,
+        **kwargs,
+    ):
         """
         As [`GenerationMixin.generate`]: text, or action tokens that nothing restricts to the action bins. Takes
-        `pixel_values` beside `input_ids`, padded on either side, and returns ids without image placeholders.
+        `pixel_values` beside `input_ids`, padded on either side. The ids returned hold no image placeholders and are
+        padded on the left; lengths count text alone.
         """
+        kwargs["generation_config"] = copy.deepcopy(generation_config)
         input_ids = kwargs.pop("input_ids", inputs)
-        pixel_values = kwargs.pop("pixel_values", None)
-        attention_mask = kwargs.pop("attention_mask", None)
         if input_ids is None:
-            return super().generate(attention_mask=attention_mask, pixel_values=pixel_values, **kwargs)
-        attention_mask = self._default_mask(input_ids, attention_mask)
+            return super().generate(logits_processor=logits_processor, **kwargs)
+        pixel_values = kwargs.pop("pixel_values", None)
+        attention_mask = self._default_mask(input_ids, kwargs.pop("attention_mask", None))
         input_ids, attention_mask = left_pad(input_ids, attention_mask)
         num_text_tokens = input_ids.shape[1]
         if pixel_values is not None:
             input_ids, attention_mask, _ = self._expand_image(input_ids, pixel_values, attention_mask)
-        num_image_tokens = input_ids.shape[1] - num_text_tokens
-        for name in ("max_length", "min_length"):
-            if kwargs.get(name) is not None:
-                kwargs[name] += num_image_tokens
+            _lengthen(kwargs, input_ids.shape[1] - num_text_tokens)
+        # A placeholder is an input alone; one that was drawn would ask for another image.
+        never = SuppressTokensLogitsProcessor([self.config.image_token_id], device=input_ids.device)
         outputs = super().generate(
-            input_ids=input_ids, attention_mask=attention_mask, pixel_values=pixel_values, **kwargs
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            pixel_values=pixel_values,
+            logits_processor=LogitsProcessorList([*(logits_processor or []), never]),
+            **kwargs,
         )
-        if num_image_tokens == 0:
-            return outputs
         sequences = outputs if isinstance(outputs, torch.Tensor) else outputs.sequences
         prompt, new = sequences.tensor_split([input_ids.shape[1]], dim=1)
         is_text = prompt != self.config.image_token_id
@@ -556,6 +614,7 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         self,
         input_ids: torch.LongTensor,
         past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
         pixel_values: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         **kwargs,
@@ -564,7 +623,7 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         # step gets an empty one, and a model that takes it for a later step never sees the image.
         is_prefill = past_key_values is None or past_key_values.get_seq_length() == 0
         model_inputs = super().prepare_inputs_for_generation(
-            input_ids, past_key_values=past_key_values, use_cache=use_cache, **kwargs
+            input_ids, past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs
         )
         if is_prefill:
             model_inputs["pixel_values"] = pixel_values
@@ -584,11 +643,9 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         if attention_mask is None:
             pad_token_id = self.config.pad_token_id
             return torch.ones_like(input_ids) if pad_token_id is None else input_ids.ne(pad_token_id).long()
-        if attention_mask.shape != input_ids.shape:
-            raise ValueError(
-                f"`attention_mask` {tuple(attention_mask.shape)} and `input_ids` {tuple(input_ids.shape)} differ in "
-                "shape."
-            )
+        _check_same_shape(input_ids, attention_mask=attention_mask)
+        if not attention_mask.any(dim=1).all():
+            raise ValueError(f"`attention_mask` leaves rows without any token: {attention_mask.tolist()}.")
         return attention_mask
 
     def _complete_prompt(
@@ -614,11 +671,17 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
     ) -> tuple[torch.LongTensor, torch.Tensor | None, torch.LongTensor | None]:
         """Insert the placeholders behind the first attended token of each row: (B, L) -> (B, L + P)."""
+        side, channels = self.config.image_sizes[0], 3 * len(self.config.image_sizes)
+        if pixel_values.ndim != 4 or pixel_values.shape[1:] != (channels, side, side):
+            raise ValueError(
+                f"`pixel_values` must be of shape (batch, {channels}, {side}, {side}), got "
+                f"{tuple(pixel_values.shape)}."
+            )
         if len(pixel_values) != len(input_ids):
             raise ValueError(
                 f"Each text needs its image: {len(input_ids)} texts and {len(pixel_values)} images were given."
             )
-        image_token_id, num_patches = self.config.image_token_id, self.config.num_image_tokens
+        image_token_id, num_patches = self.config.image_token_id, self.num_image_tokens
         num_placeholders = (input_ids == image_token_id).sum(dim=1)
         if num_placeholders.any():
             if (num_placeholders != num_patches).any():
@@ -628,6 +691,7 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
                 )
             return input_ids, attention_mask, labels
 
+        _check_same_shape(input_ids, attention_mask=attention_mask, labels=labels)
         batch_size, length = input_ids.shape
         first = input_ids.new_zeros(batch_size, 1)
         if attention_mask is not None:
@@ -662,9 +726,7 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         if labels is not None:
             targets = labels[:, 1:].to(hidden.device)  # (B, T - 1), position t predicts token t + 1
             supervised = targets != -100
-            count = int(supervised.sum(dim=1).max())
-            if count == 0:
-                raise ValueError("`labels` supervise no token: all of them are -100.")
+            count = max(int(supervised.sum(dim=1).max()), 1)
             # A stable sort moves the supervised positions of each row to its end, in their order.
             kept = supervised.to(torch.uint8).argsort(dim=1, stable=True)[:, -count:]  # (B, A)
             logits = head(hidden.gather(1, kept[..., None].expand(-1, -1, hidden.shape[-1])))  # (B, A, V)
@@ -675,11 +737,33 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
                 num_items_in_batch=num_items_in_batch,
                 shift_labels=targets.gather(1, kept).to(logits.device),
             )
+            if not supervised.any():
+                logger.warning_once("`labels` supervise no token of this batch: its loss is 0.")
+                loss = logits.sum() * 0.0  # not the mean of nothing, which is NaN
         if labels is None or logits_to_keep is not None:
             if not isinstance(logits_to_keep, torch.Tensor):
                 logits_to_keep = slice(-(logits_to_keep or 0), None)
             logits = head(hidden[:, logits_to_keep])
         return loss, logits
+
+
+def _check_same_shape(input_ids: torch.Tensor, **tensors: torch.Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.shape != input_ids.shape:
+            raise ValueError(
+                f"`{name}` {tuple(tensor.shape)} and `input_ids` {tuple(input_ids.shape)} differ in shape."
+            )
+
+
+def _lengthen(arguments: dict, num_tokens: int) -> None:
+    """Add the image to the lengths that a user of `generate` gave for the text."""
+    settings = arguments["generation_config"]
+    default = GenerationConfig()
+    for name in ("max_length", "min_length"):
+        if arguments.get(name) is not None:
+            arguments[name] += num_tokens
+        elif settings is not None and getattr(settings, name) not in (None, getattr(default, name)):
+            setattr(settings, name, getattr(settings, name) + num_tokens)
 
 
 __all__ = ["OpenVLAForActionPrediction", "OpenVLAPreTrainedModel"]

@@ -1,6 +1,8 @@
 # Copyright 2026 The OpenVLA repository authors. Licensed under the Apache License, Version 2.0.
 """Image processor and processor: camera images and instructions in, model inputs out, and actions back."""
 
+import copy
+import inspect
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +18,13 @@ from transformers.processing_utils import ProcessorMixin
 from transformers.utils import cached_file, logging
 
 from .action_codec_openvla import ActionCodec, normalize, select_row_statistics, unnormalize
-from .configuration_openvla import OpenVLAConfig, check_statistics, copy_remote_code, load_statistics
+from .configuration_openvla import (
+    HUB_PUSH_ARGUMENTS,
+    OpenVLAConfig,
+    check_statistics,
+    copy_remote_code,
+    load_statistics,
+)
 
 
 logger = logging.get_logger(__name__)
@@ -90,9 +98,10 @@ def _to_uint8_array(image: np.ndarray | torch.Tensor) -> np.ndarray:
         if not np.isfinite(image).all():
             raise ValueError("The image holds NaN or infinite pixels.")
         low, high = image.min(initial=0.0), image.max(initial=0.0)
-        if low < 0.0 or high > 1.0:
+        # Resizing in floating point may leave the range by a rounding error.
+        if low < -1e-3 or high > 1.0 + 1e-3:
             raise ValueError(f"A floating-point image must lie in [0, 1], got [{low}, {high}]; or pass uint8.")
-        image = np.rint(image * 255.0).astype(np.uint8)
+        image = np.rint(np.clip(image, 0.0, 1.0) * 255.0).astype(np.uint8)
     if image.dtype != np.uint8:
         raise ValueError(f"An image must be uint8, or floating point in [0, 1], got {image.dtype}.")
     return np.ascontiguousarray(image)
@@ -179,9 +188,18 @@ class OpenVLAImageProcessor(BaseImageProcessor):
             {"inplace": False, "mean": mean, "std": std} for mean, std in zip(self.means, self.stds, strict=True)
         ]
 
-    def preprocess(
-        self, images: ImageInput | Sequence[ImageInput], return_tensors: str | None = "pt", **kwargs
-    ) -> BatchFeature:
+    @classmethod
+    def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs):
+        """As [`BaseImageProcessor.from_dict`]; what follows from an overridden setting is derived again."""
+        settings = inspect.signature(cls.__init__).parameters.keys() - {"self", "kwargs"}
+        overrides = {name: kwargs.pop(name) for name in settings & kwargs.keys()}
+        derived = {"tvf_do_letterbox", "tvf_letterbox_fill", "tvf_resize_params", "tvf_crop_params"}
+        if {"means", "stds"} & overrides.keys():
+            derived.add("tvf_normalize_params")
+        kept = {name: value for name, value in image_processor_dict.items() if not (overrides and name in derived)}
+        return super().from_dict(kept | overrides, **kwargs)
+
+    def preprocess(self, images: ImageInput | Sequence[ImageInput], return_tensors: str | None = "pt") -> BatchFeature:
         """
         Args:
             images: One image or a batch: see [`to_pil_rgb`]; arrays and tensors may carry a leading batch axis.
@@ -271,17 +289,19 @@ class OpenVLAProcessor(ProcessorMixin):
         n_action_bins: int = 256,
         action_token_end: int | None = None,
         closing_token_id: int | str | None = "auto",
-        chat_template: str | None = None,
     ):
         if prompt_style not in PROMPT_TEMPLATES:
             raise ValueError(f"`prompt_style` must be one of {sorted(PROMPT_TEMPLATES)}, got {prompt_style!r}.")
-        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+        super().__init__(image_processor, tokenizer)
         self.prompt_style = prompt_style
         self.norm_type = norm_type
         self.n_action_bins = n_action_bins
         self.action_token_end = tokenizer.vocab_size if action_token_end is None else action_token_end
         self.closing_token_id = _lone_space_id(tokenizer) if closing_token_id == "auto" else closing_token_id
         self._norm_stats: dict[str, dict] = {}
+        # A tokenizer keeps the way it treats special tokens as a state: switching it between prompts and
+        # instructions, threads that share a processor would let control tokens through.
+        self._instruction_tokenizer = copy.deepcopy(tokenizer)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs) -> "OpenVLAProcessor":
@@ -293,19 +313,27 @@ class OpenVLAProcessor(ProcessorMixin):
 
         Args:
             pretrained_model_name_or_path (`str` or `Path`): Directory or Hub id.
-            kwargs: Hub arguments (`revision`, `token`, `cache_dir`, ...), settings of this class, and arguments of
-                the tokenizer (`padding_side`, ...).
+            kwargs: Hub arguments (`revision`, `token`, `cache_dir`, ...), settings of this class and of the image
+                processor, and arguments of the tokenizer (`padding_side`, ...).
+
+        Raises:
+            ValueError: On an argument that is none of these.
         """
         source = str(pretrained_model_name_or_path)
         hub_names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
-        hub_kwargs = {name: kwargs.pop(name) for name in hub_names if kwargs.get(name) is not None}
+        hub_kwargs = {name: kwargs.pop(name) for name in hub_names if name in kwargs}
+        hub_kwargs = {name: value for name, value in hub_kwargs.items() if value is not None}
         settings = _settings_of_model(source, hub_kwargs)
         norm_stats = settings.pop("norm_stats")
         settings |= _read_json(source, "processor_config.json", hub_kwargs)
         settings |= {name: kwargs.pop(name) for name in _SETTINGS if name in kwargs}
-        tokenizer_kwargs = {name: value for name, value in kwargs.items() if name in _TOKENIZER_ARGUMENTS}
+        tokenizer_kwargs = {name: kwargs.pop(name) for name in _TOKENIZER_ARGUMENTS if name in kwargs}
+        image_settings = inspect.signature(OpenVLAImageProcessor.__init__).parameters.keys() - {"self", "kwargs"}
+        image_kwargs = {name: kwargs.pop(name) for name in image_settings & kwargs.keys()}
+        if unknown := sorted(name for name in kwargs.keys() - _LOADER_ARGUMENTS if not name.startswith("_")):
+            raise ValueError(f"Arguments {unknown} are none of the processor, its image processor or its tokenizer.")
         processor = cls(
-            OpenVLAImageProcessor.from_pretrained(source, **hub_kwargs),
+            OpenVLAImageProcessor.from_pretrained(source, **hub_kwargs, **image_kwargs),
             cls.load_tokenizer(source, hub_kwargs, **tokenizer_kwargs),
             **{name: settings[name] for name in _SETTINGS if name in settings},
         )
@@ -350,16 +378,17 @@ class OpenVLAProcessor(ProcessorMixin):
         directory.mkdir(parents=True, exist_ok=True)
         self.image_processor.save_pretrained(directory)
         save_tokenizer(self.tokenizer, directory)
-        settings = {
-            "auto_map": dict(PROCESSOR_AUTO_MAP),
-            "processor_class": type(self).__name__,
-            **{name: getattr(self, name) for name in _SETTINGS},
-        }
-        _write_json(directory / "processor_config.json", settings)
+        _write_json(directory / "processor_config.json", self.to_dict())
         copy_remote_code(__file__, directory)
         if push_to_hub:
-            self.push_to_hub(kwargs.pop("repo_id", directory.name), **kwargs)
+            hub_kwargs = {name: kwargs[name] for name in HUB_PUSH_ARGUMENTS if name in kwargs}
+            self.push_to_hub(**{"repo_id": directory.name, **hub_kwargs})
         return [str(path) for path in sorted(directory.iterdir())]
+
+    def to_dict(self, *args, **kwargs) -> dict[str, Any]:
+        """The settings, as `processor_config.json` holds them."""
+        settings = {name: getattr(self, name) for name in _SETTINGS}
+        return {"auto_map": dict(PROCESSOR_AUTO_MAP), "processor_class": type(self).__name__, **settings}
 
     @property
     def norm_stats(self) -> dict[str, dict]:
@@ -422,6 +451,8 @@ class OpenVLAProcessor(ProcessorMixin):
                 f"Each text needs one image: {len(prompts)} texts and {len(image_list)} images were given."
             )
         if instruction is not None:
+            if truncation:
+                raise ValueError("Instructions are never truncated: the prompt would lose its end.")
             inputs = self._encode_instructions(prompts, actions, unnorm_key, padding, max_length)
         else:
             if actions is not None:
@@ -473,6 +504,8 @@ class OpenVLAProcessor(ProcessorMixin):
             `np.ndarray`: int64 of the same shape.
         """
         actions = np.asarray(actions, dtype=np.float64)
+        if actions.ndim not in (1, 2):
+            raise ValueError(f"Actions must be of shape (D,) or (B, D), got {actions.shape}.")
         batch = np.atleast_2d(actions)
         statistics = select_row_statistics(self.norm_stats, unnorm_key, len(batch))
         rows = [normalize(row, each["action"], self.norm_type) for row, each in zip(batch, statistics, strict=True)]
@@ -490,7 +523,7 @@ class OpenVLAProcessor(ProcessorMixin):
         if any(not instruction.strip() for instruction in instructions):
             raise ValueError(f"Every instruction needs words, got {instructions}.")
         prompts = [self.render_prompt(instruction) for instruction in instructions]
-        rows = self.tokenizer(prompts, split_special_tokens=True)["input_ids"]
+        rows = self._instruction_tokenizer(prompts, split_special_tokens=True)["input_ids"]
         closing = [] if self.closing_token_id is None else [self.closing_token_id]
         rows = [row + closing for row in rows]
         targets = [[] for _ in rows]
@@ -525,6 +558,8 @@ class OpenVLAProcessor(ProcessorMixin):
 
 
 _SETTINGS = ("prompt_style", "norm_type", "n_action_bins", "action_token_end", "closing_token_id")
+# What the Auto classes pass on, and means nothing here.
+_LOADER_ARGUMENTS = {"trust_remote_code", "code_revision", "use_fast", "proxies", "resume_download", "dtype"}
 _TOKENIZER_ARGUMENTS = (
     "bos_token",
     "eos_token",

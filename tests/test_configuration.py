@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from conftest import FIXTURES, GOLDEN, REPOSITORY
@@ -214,12 +215,31 @@ def test_small_language_models_predict(config_class, processor, camera_image, ll
     assert (logits.argmax(dim=-1) + 768).tolist() == token_ids[0].tolist()
 
 
-def test_towers_given_while_loading(config_class):
-    config = config_class.from_pretrained(REPOSITORY, tower_configs=[{"image_size": 28}])
+def test_overrides_while_loading(config_class):
+    config = config_class.from_pretrained(REPOSITORY, tower_configs=[{"image_size": 28}], closing_token_id=None)
     assert config.image_sizes == [28]
     assert config.use_fused_vision_backbone is False
     assert config.arch_specifier == "no-align+gelu-mlp"
     assert config.num_image_tokens == 4
+    assert config.closing_token_id is None
+    text_config = config_class.from_pretrained(REPOSITORY, text_config={"num_hidden_layers": 5}).text_config
+    assert (text_config.num_hidden_layers, text_config.hidden_size) == (5, 128)
+    for arguments in ({"n_action_bins": 5000}, {"norm_type": "q99"}, {"norm_stats": {"a": 3}}):
+        with pytest.raises(ValueError, match=r"do not fit|must be 'bounds_q99'|'a' has no"):
+            config_class.from_pretrained(REPOSITORY, **arguments)
+
+
+def test_partial_text_config_keeps_the_published_vocabulary(config_class):
+    config = config_class(text_config={"hidden_size": 64, "num_attention_heads": 2})
+    assert config.text_config.vocab_size == 32064
+    assert config.action_token_end == 32000
+
+
+def test_own_entries_of_the_auto_map_survive(config_class, tmp_path):
+    config = config_class.from_pretrained(REPOSITORY)
+    config.auto_map["AutoBackbone"] = "my_code.Backbone"
+    config.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["auto_map"]["AutoBackbone"] == "my_code.Backbone"
 
 
 class TestStatistics:
@@ -243,6 +263,23 @@ class TestStatistics:
     def test_argument_wins(self, config_class, source):
         given = {"mine": {"action": {"q01": [0.0], "q99": [1.0]}}}
         assert config_class.from_pretrained(source, norm_stats=given).norm_stats == given
+
+    def test_arrays_are_kept_as_lists(self, config_class, tmp_path):
+        action = {"q01": np.zeros(2), "q99": np.ones(2, np.float32), "mask": np.array([True, False])}
+        config = config_class(norm_stats={"mine": {"action": action}})
+        config.save_pretrained(tmp_path)
+        restored = config_class.from_pretrained(tmp_path).norm_stats["mine"]["action"]
+        assert restored == {"q01": [0.0, 0.0], "q99": [1.0, 1.0], "mask": [True, False]}
+
+    def test_a_missing_mask_scales_everything(self, config_class):
+        config = config_class(norm_stats={"mine": {"action": {"q01": [0.0], "q99": [1.0], "mask": None}}})
+        assert "mask" not in config.norm_stats["mine"]["action"]
+
+    def test_no_statistics_leave_no_file(self, config_class, source, tmp_path):
+        config = config_class.from_pretrained(source)
+        config.norm_stats = {}
+        config.save_pretrained(source)
+        assert config_class.from_pretrained(source).norm_stats == {}
 
     def test_both_are_written_alike(self, config_class, source, tmp_path):
         config = config_class.from_pretrained(source)
@@ -282,6 +319,13 @@ class TestBadConfigurations:
             ({"image_token_id": 31800}, "is an action token"),
             ({"norm_type": "zscore"}, "got 'zscore'"),
             ({"norm_stats": {"a": {}}}, "'a' has no `action` statistics"),
+            ({"norm_stats": {"a": {"action": {"q01": [0.0], "q99": [float("nan")]}}}}, "`action.q99` must be finite"),
+            ({"norm_stats": {"a": {"action": {"q01": 0.0, "q99": 1.0}}}}, "`action.q01` must be a list of numbers"),
+            ({"norm_stats": {"a": {"action": {"q01": [None], "q99": [1.0]}}}}, "`action.q01` must be a list of numb"),
+            (
+                {"norm_stats": {"a": {"action": {"q01": [0.0], "q99": [1.0], "mask": [1]}}}},
+                "`action.mask` must be a list",
+            ),
         ],
     )
     def test_refused(self, config_class, arguments, message):

@@ -7,6 +7,7 @@ from conftest import REPOSITORY, load_golden
 from load_policy import load_policy, repository_class
 from PIL import Image
 from torch import nn
+from transformers import GenerationConfig
 
 
 INSTRUCTIONS = ["pick up the cube", "put the blue cylinder in the bowl on the left side of the table", "push it"]
@@ -302,9 +303,66 @@ class TestLoss:
             torch.testing.assert_close(gradients[1][name], gradient, msg=name)
 
     def test_nothing_supervised(self, sharp_policy, labelled):
+        """A batch like this must not stop an evaluation, nor poison it with the mean of nothing."""
         model, _ = sharp_policy
-        with pytest.raises(ValueError, match="supervise no token"):
-            model(**{**labelled, "labels": torch.full_like(labelled["labels"], -100)})
+        loss = model(**{**labelled, "labels": torch.full_like(labelled["labels"], -100)}).loss
+        assert loss.item() == 0.0
+        loss.backward()
+        assert all(p.grad.abs().sum() == 0 for p in model.parameters() if p.grad is not None)
+
+    def test_no_cache_is_built_in_training(self, sharp_policy, labelled):
+        model, _ = sharp_policy
+        assert model.train()(**labelled).past_key_values is None
+        assert model.eval()(**labelled).past_key_values is not None
+
+
+class TestGenerate:
+    """Ways to call it that the library offers."""
+
+    @pytest.fixture
+    def single(self, sharp_policy):
+        model, processor = sharp_policy
+        return model, dict(processor(instruction="pick up the cube", images=noise_image(0)))
+
+    @pytest.mark.parametrize("cache_implementation", [None, "static"])
+    def test_inputs_embeds(self, single, cache_implementation):
+        model, inputs = single
+        settings = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+        settings["cache_implementation"] = cache_implementation
+        expected = model.generate(**inputs, **settings)[:, -5:]
+        ids, mask, _ = model._expand_image(inputs["input_ids"], inputs["pixel_values"], inputs["attention_mask"])
+        embeddings = model._embed(ids, model.get_image_features(inputs["pixel_values"]))
+        assert torch.equal(model.generate(inputs_embeds=embeddings, attention_mask=mask, **settings), expected)
+
+    def test_lengths_count_text(self, single):
+        model, inputs = single
+        length = inputs["input_ids"].shape[1] + 4
+        settings = GenerationConfig(max_length=length, min_length=length, do_sample=False)
+        by_object = model.generate(inputs.pop("input_ids"), settings, **inputs)
+        assert by_object.shape[1] == length
+        assert settings.max_length == length
+        ids = by_object[:, :-4]
+        by_name = model.generate(ids, **inputs, max_length=length, min_length=length, do_sample=False)
+        assert torch.equal(by_name, by_object)
+
+    def test_placeholders_are_never_drawn(self, single):
+        model, inputs = single
+        head = model.get_output_embeddings()
+        with torch.no_grad():
+            head.weight[model.config.image_token_id] = 100 * head.weight.mean(dim=0) + 10
+        sequences = model.generate(**inputs, max_new_tokens=4, min_new_tokens=4, use_cache=False)
+        assert model.config.image_token_id not in sequences
+
+    def test_result_object(self, single):
+        model, inputs = single
+        output = model.generate(**inputs, max_new_tokens=3, output_scores=True, return_dict_in_generate=True)
+        assert output.sequences[:, : inputs["input_ids"].shape[1]].tolist() == inputs["input_ids"].tolist()
+        assert len(output.scores) == output.sequences.shape[1] - inputs["input_ids"].shape[1]
+
+    def test_text_alone(self, single):
+        model, inputs = single
+        sequences = model.generate(input_ids=inputs["input_ids"], max_new_tokens=3, do_sample=False)
+        assert sequences[:, : inputs["input_ids"].shape[1]].tolist() == inputs["input_ids"].tolist()
 
 
 class TestForms:
@@ -331,6 +389,27 @@ class TestForms:
         embeddings = model.get_input_embeddings()(ids)
         with torch.no_grad():
             torch.testing.assert_close(model(inputs_embeds=embeddings).logits, model(input_ids=ids).logits)
+
+    def test_published_positional_order(self, sharp_policy, batch):
+        model, _ = sharp_policy
+        ids = batch.pop("input_ids")
+        actions = model.predict_action(ids, "tabletop", **batch)
+        np.testing.assert_array_equal(actions, model.predict_action(input_ids=ids, **batch))
+
+    @pytest.mark.parametrize("side", ["left", "right"])
+    def test_forward_finds_the_padding_by_itself(self, sharp_policy, side):
+        model, processor = sharp_policy
+        processor.tokenizer.padding_side = side
+        inputs = processor(instruction=INSTRUCTIONS, images=[noise_image(seed) for seed in range(3)])
+        real = inputs["attention_mask"].bool()
+        with torch.no_grad():
+            expected = model(**inputs).logits[:, 64:][real]
+            del inputs["attention_mask"]
+            torch.testing.assert_close(model(**inputs).logits[:, 64:][real], expected)
+
+    def test_what_not_to_split(self, sharp_policy):
+        model, _ = sharp_policy
+        assert {"VisionTower", "Projector", "LlamaDecoderLayer"} <= set(model._no_split_modules)
 
     def test_tuple_output(self, sharp_policy, batch):
         model, _ = sharp_policy
@@ -440,15 +519,49 @@ class TestBadInput:
         with pytest.raises(ValueError, match="NaN or infinite"):
             model.predict_action(**batch)
 
-    def test_pixels_of_another_shape(self, sharp_policy, batch):
+    @pytest.mark.parametrize("cut", [lambda pixels: pixels[:, :3], lambda pixels: pixels[0]])
+    @pytest.mark.parametrize("method", ["predict_action", "forward", "generate"])
+    def test_pixels_of_another_shape(self, sharp_policy, batch, method, cut):
         model, _ = sharp_policy
-        with pytest.raises(ValueError, match=r"shape \(batch, 6, 112, 112\), got \(3, 3, 112, 112\)"):
-            model(**{**batch, "pixel_values": batch["pixel_values"][:, :3]})
+        with pytest.raises(ValueError, match=r"shape \(batch, 6, 112, 112\), got \("):
+            getattr(model, method)(**{**batch, "pixel_values": cut(batch["pixel_values"])})
 
-    def test_masks_of_another_shape(self, sharp_policy, batch):
+    @pytest.mark.parametrize("method", ["predict_action", "forward", "generate"])
+    def test_masks_of_another_shape(self, sharp_policy, batch, method):
         model, _ = sharp_policy
-        with pytest.raises(ValueError, match="differ in shape"):
-            model.predict_action(**{**batch, "attention_mask": batch["attention_mask"][:, 1:]})
+        with pytest.raises(ValueError, match=r"`attention_mask` .* differ in shape"):
+            getattr(model, method)(**{**batch, "attention_mask": batch["attention_mask"][:, 1:]})
+
+    def test_labels_of_another_shape(self, sharp_policy, batch):
+        model, _ = sharp_policy
+        labels = torch.cat([batch["input_ids"], batch["input_ids"][:, :1]], dim=1)
+        with pytest.raises(ValueError, match=r"`labels` .* differ in shape"):
+            model(**batch, labels=labels)
+
+    def test_positions_without_the_image(self, sharp_policy, batch):
+        model, _ = sharp_policy
+        positions = torch.arange(batch["input_ids"].shape[1])[None]
+        with pytest.raises(ValueError, match="`position_ids` need `input_ids` with image placeholders"):
+            model(**batch, position_ids=positions)
+
+    @pytest.mark.parametrize("method", ["predict_action", "generate"])
+    def test_rows_without_tokens(self, sharp_policy, batch, method):
+        model, _ = sharp_policy
+        batch["attention_mask"][1] = 0
+        with pytest.raises(ValueError, match="rows without any token"):
+            getattr(model, method)(**batch)
+
+    @pytest.mark.parametrize("do_sample", [False, True])
+    @pytest.mark.parametrize("part", ["layer", "head row"])
+    def test_broken_weights_never_become_an_action(self, sharp_policy, batch, do_sample, part):
+        model, _ = sharp_policy
+        with torch.no_grad():
+            if part == "layer":
+                model.language_model.model.layers[0].mlp.down_proj.weight.fill_(torch.nan)
+            else:
+                model.get_output_embeddings().weight[model.config.action_token_begin + 3] = torch.inf
+        with pytest.raises(FloatingPointError, match="NaN or infinite"):
+            model.predict_action(**batch, do_sample=do_sample)
 
     def test_no_ids(self, sharp_policy, batch):
         model, _ = sharp_policy

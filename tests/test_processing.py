@@ -1,9 +1,12 @@
 """Prompts, token ids, batches and labels."""
 
+import copy
 import json
 import logging
 import os
+import pickle
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -172,6 +175,45 @@ def test_decode_actions_batches(shared_processor):
     np.testing.assert_array_equal(actions[1], shared_processor.decode_actions(ids[1].tolist()))
 
 
+def test_threads_share_a_processor(shared_processor):
+    """Prompts parse special tokens, instructions never do, whichever thread is quicker."""
+    prompt = "In: What action should the robot take to say </s> now?\nOut:"
+    as_prompt = shared_processor(prompt)["input_ids"].tolist()
+    as_instruction = shared_processor(instruction="say </s> now")["input_ids"].tolist()
+    assert as_prompt[0] != as_instruction[0][:-1]
+
+    def both(_: int) -> bool:
+        return (
+            shared_processor(prompt)["input_ids"].tolist() == as_prompt
+            and shared_processor(instruction="say </s> now")["input_ids"].tolist() == as_instruction
+        )
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(both, range(200)))
+
+
+def test_settings_while_loading():
+    processor_class = repository_class("OpenVLAProcessor")
+    processor = processor_class.from_pretrained(REPOSITORY, image_resize_strategy="letterbox", padding_side="left")
+    assert processor.image_processor.tvf_do_letterbox
+    assert processor.tokenizer.padding_side == "left"
+    # Constants that were saved stay as they are, where means and deviations are not overridden.
+    image_processor = repository_class("OpenVLAImageProcessor").from_pretrained(
+        GOLDEN / "ckpt", image_resize_strategy="letterbox", input_sizes=[[3, 384, 384]] * 2
+    )
+    assert image_processor.tvf_normalize_params[0]["mean"] == [0.484375, 0.455078125, 0.40625]
+    assert image_processor(Image.new("RGB", (64, 32)))["pixel_values"].shape == (1, 6, 384, 384)
+    with pytest.raises(ValueError, match=r"Arguments \['promt_style'\] are none of the processor"):
+        processor_class.from_pretrained(REPOSITORY, promt_style="pure")
+
+
+def test_it_can_be_printed_and_copied(shared_processor):
+    assert '"prompt_style": "pure"' in repr(shared_processor)
+    again = pickle.loads(pickle.dumps(copy.deepcopy(shared_processor)))
+    expected = shared_processor(instruction="pick it")["input_ids"]
+    assert torch.equal(again(instruction="pick it")["input_ids"], expected)
+
+
 class TestBadInput:
     @pytest.mark.parametrize(
         "arguments, message",
@@ -191,6 +233,8 @@ class TestBadInput:
             ({"instruction": "a", "actions": np.full(7, np.nan)}, "NaN"),
             ({"instruction": "a", "actions": np.zeros(7), "unnorm_key": "b"}, r"they hold \['tabletop'\]"),
             ({"text": "a", "actions": np.zeros(7)}, "go with `instruction`"),
+            ({"instruction": "a", "actions": np.zeros((1, 2, 7))}, r"shape \(D,\) or \(B, D\), got \(1, 2, 7\)"),
+            ({"instruction": "a", "truncation": True, "max_length": 4}, "never truncated"),
         ],
     )
     def test_refused(self, shared_processor, arguments, message):

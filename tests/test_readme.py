@@ -43,7 +43,19 @@ def test_metadata():
 @pytest.mark.parametrize("path", sorted(REPOSITORY.glob("*_openvla.py")), ids=lambda path: path.name)
 def test_remote_code_imports_nothing_else(path):
     """Every import in these files is a requirement for everyone who loads a checkpoint."""
-    allowed = {"collections", "copy", "dataclasses", "json", "pathlib", "shutil", "typing", "numpy", "torch", "PIL"}
+    allowed = {
+        "collections",
+        "copy",
+        "dataclasses",
+        "inspect",
+        "json",
+        "pathlib",
+        "shutil",
+        "typing",
+        "numpy",
+        "torch",
+        "PIL",
+    }
     allowed.add("transformers")
     source = path.read_text(encoding="utf-8")
     # The patterns that transformers looks for, in docstrings and functions too.

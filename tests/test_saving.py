@@ -153,6 +153,44 @@ def test_rope_theta_survives_both_ways(tmp_path):
     assert rope["rope_theta"] == 500000.0
 
 
+def test_rotary_settings_survive_both_ways(tmp_path):
+    """transformers 5 moves them into one dictionary; what it writes, 4.57 must read too."""
+    config_class = repository_class("OpenVLAConfig")
+    scaling = {"rope_type": "linear", "factor": 4.0}
+    config = config_class(text_config={"rope_scaling": scaling, "rope_theta": 20000.0})
+    config.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())["text_config"]
+    assert saved["rope_theta"] == 20000.0
+    assert saved["rope_scaling"]["rope_type"] == "linear"
+    assert saved["rope_scaling"]["factor"] == 4.0
+    text_config = config_class.from_pretrained(tmp_path).text_config
+    rope = getattr(text_config, "rope_parameters", None) or text_config.rope_scaling
+    assert (rope["rope_type"], rope["factor"]) == ("linear", 4.0)
+    config_class(llm_backbone_id="phi-2-3b").save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())["text_config"]
+    assert saved["partial_rotary_factor"] == 0.4
+
+
+def test_only_the_main_process_writes(policy, tmp_path):
+    model, _ = policy
+    model.save_pretrained(tmp_path / "other", False)
+    assert not list((tmp_path / "other").glob("*_openvla.py"))
+    model.save_pretrained(tmp_path / "main", True)
+    assert (tmp_path / "main" / "modeling_openvla.py").exists()
+    with pytest.raises(ValueError, match="does not go with `state_dict`"):
+        model.save_pretrained(tmp_path / "main", push_to_hub=True, state_dict=model.state_dict())
+
+
+def test_code_of_a_repository_runs_when_trusted_alone(saved, tmp_path):
+    shutil.copytree(saved[0], tmp_path / "with_code")
+    path = tmp_path / "with_code" / "modeling_openvla.py"
+    path.write_text("raise RuntimeError('the code of the repository ran')\n" + path.read_text())
+    assert predict(*load_policy(tmp_path / "with_code")) == saved[1]
+    with pytest.raises(RuntimeError, match="the code of the repository ran"):
+        load_policy(tmp_path / "with_code", trust_remote_code=True)
+    assert predict(*load_policy(saved[0], trust_remote_code=True)) == saved[1]
+
+
 def test_shards(saved, tmp_path):
     directory, action = saved
     model, processor = load_policy(directory)
@@ -290,6 +328,28 @@ class TestHub:
         run(code, "me/policy", tmp_path / "local", environment=environment)
         assert "me/policy" not in (tmp_path / "local" / "config.json").read_text()
         assert predict(*load_policy(tmp_path / "local")) == action
+
+    def test_unknown_statistics_offline_are_said(self, server, saved, tmp_path):
+        """A cache that never saw dataset_statistics.json must not pass for a repository without one."""
+        files = {path.name: path.read_bytes() for path in saved[0].iterdir()}
+        server.create_repo("me/policy", files)
+        environment = self.online(server, tmp_path / "user")
+        code = "import sys; from huggingface_hub import hf_hub_download as get\n"
+        code += "print([get(sys.argv[1], name) for name in ('config.json', 'configuration_openvla.py')])"
+        run(code, "me/policy", environment=dict(environment))
+        code = "import sys; from transformers import AutoConfig, logging\nlogging.set_verbosity_warning()\n"
+        code += "import contextlib\nwith contextlib.redirect_stderr(sys.stdout):\n"
+        code += "    AutoConfig.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
+        result = subprocess.run(
+            [sys.executable, "-c", code, "me/policy"],
+            env={**environment, "HF_HUB_OFFLINE": "1"},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert result.returncode == 0, result.stderr
+        assert "unknown whether me/policy has a dataset_statistics.json" in result.stdout + result.stderr
 
     def test_push_while_saving(self, server, saved, tmp_path):
         directory, action = saved

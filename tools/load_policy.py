@@ -10,6 +10,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
+_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision")
 _FILES = {
     "OpenVLAConfig": "configuration_openvla",
     "OpenVLAForActionPrediction": "modeling_openvla",
@@ -39,22 +40,21 @@ def carries_our_code(source: str | Path, **hub_kwargs: Any) -> bool:
 def load_policy(
     source: str | Path,
     *,
-    revision: str | None = None,
+    trust_remote_code: bool = False,
     dtype: str | torch.dtype = "auto",
-    **model_kwargs: Any,
+    **kwargs: Any,
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
     """
     Load a policy and its processor.
 
-    A repository that carries our code is loaded by the Auto classes, with that code. Any other OpenVLA repository,
-    such as a published one, is loaded by the code of this checkout: its own is never run.
-
     Args:
         source (`str` or `Path`): Directory or Hub id.
-        revision (`str`, *optional*): Branch, tag or commit on the Hub.
+        trust_remote_code (`bool`, defaults to `False`): Load a repository that carries this project's code by the
+            Auto classes, with its own copy of it. Otherwise, and for every other repository, such as a published one,
+            this checkout's code is used and the repository's never runs.
         dtype (`str` or `torch.dtype`, defaults to `"auto"`): Of the weights; `"auto"`: as they were saved.
-        model_kwargs: Further arguments of the model's `from_pretrained`: `device_map`, `attn_implementation`,
-            `quantization_config`, ...
+        kwargs: Hub arguments (`revision`, `token`, `cache_dir`, ...), and further arguments of the model's
+            `from_pretrained`: `device_map`, `attn_implementation`, `quantization_config`, ...
 
     Returns:
         `tuple`: Model, in evaluation mode, and processor.
@@ -63,8 +63,9 @@ def load_policy(
         ValueError: If the checkpoint lacks tensors of the model.
         OSError: If there is no such repository, or its weights are damaged.
     """
-    hub_kwargs = {} if revision is None else {"revision": revision}
-    if carries_our_code(source, **hub_kwargs):
+    hub_kwargs = {name: kwargs.pop(name) for name in _HUB_ARGUMENTS if name in kwargs}
+    is_ours = carries_our_code(source, **hub_kwargs)
+    if trust_remote_code and is_ours:
         hub_kwargs["trust_remote_code"] = True
         model_class, processor_class = AutoModelForImageTextToText, AutoProcessor
     else:
@@ -72,7 +73,7 @@ def load_policy(
         processor_class = repository_class("OpenVLAProcessor")
     processor = processor_class.from_pretrained(str(source), **hub_kwargs)
     model, info = model_class.from_pretrained(
-        str(source), dtype=dtype, output_loading_info=True, **hub_kwargs, **model_kwargs
+        str(source), dtype=dtype, output_loading_info=True, **hub_kwargs, **kwargs
     )
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
