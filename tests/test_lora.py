@@ -348,3 +348,18 @@ class TestTraining:
             losses.append(loss.item())
         assert losses[0] > losses[1] > losses[2]
         assert all(torch.equal(parameter, base[name]) for name, parameter in model.named_parameters() if name in base)
+
+
+def test_without_what_never_runs_every_adapter_learns():
+    """With `all-linear` alone, adapters on the last blocks and the pooling head never get a gradient."""
+    model = load_golden(dtype=torch.float32)
+    names = model.unused_linear_names()
+    assert "vision_backbone.featurizer.blocks.2.attn.qkv" in names
+    assert "vision_backbone.fused_featurizer.attn_pool.kv" in names
+    assert not any(".blocks.0." in name or ".blocks.1." in name for name in names)
+    config = LoraConfig(r=2, target_modules="all-linear", exclude_modules=names)
+    adapted = get_peft_model(model, config)
+    ids = torch.arange(1, 12)[None]
+    adapted(input_ids=ids, labels=ids, pixel_values=torch.randn(1, 6, 224, 224)).loss.backward()
+    without = [n for n, p in adapted.named_parameters() if p.requires_grad and p.grad is None]
+    assert without == []

@@ -24,11 +24,18 @@ def test_python_blocks_run_in_order(monkeypatch):
     assert ran >= 3
     assert namespace["action"].shape == (7,)
     assert namespace["output"].probabilities.shape == (2, 7, 256)
+    trainable = [name for name, parameter in namespace["policy"].named_parameters() if parameter.requires_grad]
+    assert trainable
+    assert all(".lora_" in name for name in trainable)
 
 
 def test_links_lead_somewhere():
     for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
         assert (REPOSITORY / target).exists(), target
+
+
+def test_no_blanks_are_left():
+    assert not re.search(r"\{[A-Z_]+\}|TODO|FIXME", README)
 
 
 def test_metadata():
