@@ -313,20 +313,10 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         used. `load_in_4bit` and `load_in_8bit` are short for a `BitsAndBytesConfig`; unless it lists
         `llm_int8_skip_modules`, towers, projector and output head stay unquantised.
         """
-        flags = {name: kwargs.pop(name) for name in ("load_in_4bit", "load_in_8bit") if name in kwargs}
-        if any(flags.values()):
-            if kwargs.get("quantization_config") is not None:
-                raise ValueError(f"Pass either `quantization_config` or {sorted(flags)}, not both.")
-            kwargs["quantization_config"] = BitsAndBytesConfig(**flags)
-        quantization_config = copy.deepcopy(kwargs.get("quantization_config"))
-        if isinstance(quantization_config, dict) and {"load_in_4bit", "load_in_8bit"} & quantization_config.keys():
-            quantization_config = BitsAndBytesConfig(**quantization_config)
-        if isinstance(quantization_config, BitsAndBytesConfig):
-            if quantization_config.llm_int8_skip_modules is None:
-                quantization_config.llm_int8_skip_modules = list(UNQUANTIZED_MODULES)
-            kwargs["quantization_config"] = quantization_config
         try:
-            result = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+            result = super().from_pretrained(
+                pretrained_model_name_or_path, *model_args, **_with_unquantized_modules(kwargs)
+            )
         except Exception as error:
             if type(error).__name__ != "SafetensorError":
                 raise
@@ -745,6 +735,24 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
                 logits_to_keep = slice(-(logits_to_keep or 0), None)
             logits = head(hidden[:, logits_to_keep])
         return loss, logits
+
+
+def _with_unquantized_modules(arguments: dict) -> dict:
+    """Arguments of `from_pretrained` in which a `BitsAndBytesConfig` lists what stays unquantised."""
+    arguments = dict(arguments)
+    flags = {name: arguments.pop(name) for name in ("load_in_4bit", "load_in_8bit") if name in arguments}
+    config = copy.deepcopy(arguments.get("quantization_config"))
+    if any(flags.values()):
+        if config is not None:
+            raise ValueError(f"Pass either `quantization_config` or {sorted(flags)}, not both.")
+        config = flags
+    if isinstance(config, dict) and {"load_in_4bit", "load_in_8bit"} & config.keys():
+        config = BitsAndBytesConfig(**config)
+    if isinstance(config, BitsAndBytesConfig):
+        if config.llm_int8_skip_modules is None:
+            config.llm_int8_skip_modules = list(UNQUANTIZED_MODULES)
+        arguments["quantization_config"] = config
+    return arguments
 
 
 def _check_same_shape(input_ids: torch.Tensor, **tensors: torch.Tensor | None) -> None:
