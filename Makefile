@@ -11,7 +11,7 @@ help:
 	@echo "make clean     remove environments and caches"
 
 # One environment for each supported line of transformers: .venv-4 and .venv-5.
-.venv-%/installed: constraints-%.txt requirements.txt requirements-dev.txt
+.venv-%/installed: constraints-%.txt requirements.txt requirements-tabletop.txt requirements-dev.txt
 	$(PYTHON) -m venv .venv-$*
 	.venv-$*/bin/python -m pip install --quiet --constraint constraints-$*.txt torch
 	.venv-$*/bin/python -m pip install --quiet --constraint constraints-$*.txt --requirement requirements-dev.txt

@@ -13,7 +13,7 @@ FIXTURES = Path(__file__).resolve().parent / "fixtures"
 # Before the libraries are imported: no network, and a module cache of our own for each test process.
 _home = tempfile.TemporaryDirectory(prefix="openvla-tests-")
 os.environ.update(HF_HOME=_home.name, HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", HF_HUB_DISABLE_TELEMETRY="1")
-sys.path[:0] = [str(REPOSITORY / "tools"), str(REPOSITORY / "tests")]
+sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tools"), str(REPOSITORY / "tests")]
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402

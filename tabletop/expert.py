@@ -1,0 +1,136 @@
+"""A scripted expert: the right action for any state."""
+
+import numpy as np
+
+from .environment import MAX_ROTATION, MAX_TRANSLATION, TabletopEnv
+from .scene import BOWL_HEIGHT, SHAPES
+from .tasks import SIDES
+
+
+HOVER = 0.10  # above the table, metres
+GRASP_TOLERANCE = 0.014
+
+
+class Expert:
+    """
+    Acts on the state of the physics alone, so that it can label any state that a learner visits.
+
+    There is no phase to remember. The one hysteresis is in the state itself: a hand that has closed around the target
+    stays closed and goes on, within a tolerance wider than the one it closed at.
+
+    Args:
+        env (`TabletopEnv`): The environment to act in.
+    """
+
+    def __init__(self, env: TabletopEnv):
+        self.env = env
+
+    def noisy_action(
+        self, rng: np.random.Generator, noise: float = 0.3, nudge_probability: float = 0.03
+    ) -> np.ndarray:
+        """
+        The action with errors, whose correction the following actions show.
+
+        Args:
+            rng (`np.random.Generator`): Source of the errors.
+            noise (`float`, defaults to 0.3): Standard deviation on translation and rotation, as a fraction of the
+                largest action.
+            nudge_probability (`float`, defaults to 0.03): Of a push of the full size in a random direction instead.
+
+        Returns:
+            `np.ndarray`: float32 (7,); the gripper is the expert's.
+        """
+        action = self.action()
+        largest = np.array([MAX_TRANSLATION] * 3 + [0.0, 0.0, MAX_ROTATION])
+        scale = 1.0 if rng.random() < nudge_probability else noise
+        # Small where the expert's own motion is small: near the grasp, errors of full size would undo it.
+        reach = max(float(np.abs(action[:3]).max() / MAX_TRANSLATION), 0.1) if scale == noise else 1.0
+        action[:6] += (largest * rng.normal(0.0, scale * reach, 6)).astype(np.float32)
+        return np.clip(action, self.env.action_space.low, self.env.action_space.high)
+
+    def action(self) -> np.ndarray:
+        """float32 (7,), as [`TabletopEnv`] takes it."""
+        task = self.env.goal.task
+        move, yaw, opening = self._push() if task == "push" else self._grasp(task)
+        translation = np.clip(move, -MAX_TRANSLATION, MAX_TRANSLATION)
+        rotation = np.array([0.0, 0.0, np.clip(yaw, -MAX_ROTATION, MAX_ROTATION)])
+        return np.concatenate([translation, rotation, [opening]]).astype(np.float32)
+
+    def _grasp(self, task: str) -> tuple[np.ndarray, float, float]:
+        """Translation, yaw and gripper for the tasks that hold the target."""
+        env = self.env
+        target, hand = env.data.body(env.goal.target).xpos, env.data.site("grasp").xpos
+        offset = target - hand
+        sideways = np.linalg.norm(offset[:2])
+        closed = env.data.qpos[7] < 0.9 * 0.04
+        around = sideways < 2 * GRASP_TOLERANCE and abs(offset[2]) < 2 * GRASP_TOLERANCE
+        if closed and around:
+            return self._carry(task, target, hand) if self._is_gripped() else (np.zeros(3), 0.0, 0.0)
+        if task == "put_in_bowl" and self._over_bowl(target) and target[2] < 2 * BOWL_HEIGHT:
+            return np.array([0.0, 0.0, MAX_TRANSLATION]), 0.0, 1.0  # released: out of the way
+        yaw = self._yaw_error()
+        if sideways > GRASP_TOLERANCE or abs(yaw) > 0.12:
+            return np.append(offset[:2], HOVER - hand[2] if sideways > 0.03 or abs(yaw) > 0.3 else 0.0), yaw, 1.0
+        if abs(offset[2]) > GRASP_TOLERANCE:
+            return offset, yaw, 1.0
+        return np.zeros(3), 0.0, 0.0
+
+    def _carry(self, task: str, target: np.ndarray, hand: np.ndarray) -> tuple[np.ndarray, float, float]:
+        if task == "pick":
+            return np.array([0.0, 0.0, MAX_TRANSLATION]), 0.0, 0.0
+        bowl = self.env.data.body("bowl").xpos
+        across = bowl[:2] - target[:2]
+        if np.linalg.norm(across) > 0.02:
+            height = HOVER + 0.03 - hand[2]
+            # Up first: the rim is in the way.
+            return np.append(across if height < 0.03 else np.zeros(2), height), 0.0, 0.0
+        low = target[2] < BOWL_HEIGHT + 0.035
+        return np.array([0.0, 0.0, 0.0 if low else -0.03]), 0.0, 1.0 if low else 0.0
+
+    def _push(self) -> tuple[np.ndarray, float, float]:
+        env = self.env
+        direction = np.array([0.0, SIDES[env.goal.side], 0.0])
+        target, hand = env.data.body(env.goal.target).xpos, env.data.site("grasp").xpos
+        reach = self._half_width() + 0.02
+        behind = (target - hand) @ direction
+        beside = target[0] - hand[0]
+        low = hand[2] < 0.04
+        if low and behind > 0.5 * reach and abs(beside) < 0.02:
+            return 0.03 * direction + [0.5 * beside, 0.0, 0.022 - hand[2]], 0.0, 0.0
+        offset = target - (reach + 0.025) * direction - hand
+        if np.linalg.norm(offset[:2]) > 0.012:
+            return np.append(offset[:2] if not low else np.zeros(2), HOVER - hand[2]), 0.0, 0.0
+        return np.append(offset[:2], 0.022 - hand[2]), 0.0, 0.0
+
+    def _is_gripped(self) -> bool:
+        """Whether both fingers touch the target."""
+        env = self.env
+        target = env.model.geom(env.goal.target).id
+        pads = [env.model.geom(name).id for name in ("left_pad", "right_pad")]
+        pairs = [set(pair) for pair in env.data.contact.geom.tolist()]
+        return all({pad, target} in pairs for pad in pads)
+
+    def _over_bowl(self, target: np.ndarray) -> bool:
+        return bool(np.linalg.norm(target[:2] - self.env.data.body("bowl").xpos[:2]) < 0.04)
+
+    def _yaw_error(self) -> float:
+        """Turn about the vertical, in radians, after which the fingers close across the target's narrow side."""
+        env = self.env
+        shape = env.goal.target.split()[1]
+        if shape in ("cylinder", "ball"):
+            return 0.0
+        period = np.pi if shape == "brick" else np.pi / 2
+        hand = env.data.site("grasp").xmat.reshape(3, 3)[:, 1]
+        across = env.data.body(env.goal.target).xmat.reshape(3, 3)[:, 1]
+        error = np.arctan2(across[1], across[0]) - np.arctan2(hand[1], hand[0])
+        return float((error + period / 2) % period - period / 2)
+
+    def _half_width(self) -> float:
+        """Extent of the target along y, in metres."""
+        env = self.env
+        shape = env.goal.target.split()[1]
+        _, size = SHAPES[shape]
+        if shape in ("cylinder", "ball"):
+            return size[0]
+        turned = np.abs(env.data.body(env.goal.target).xmat.reshape(3, 3)[1, :2])
+        return float(turned @ size[:2])

@@ -1,0 +1,252 @@
+"""The simulated tabletop: physics, pictures, tasks and the expert."""
+
+import gymnasium
+import mujoco
+import numpy as np
+import pytest
+from gymnasium.utils.env_checker import check_env
+
+from tabletop.camera import make_camera
+from tabletop.environment import MAX_ROTATION, MAX_TRANSLATION, TabletopEnv
+from tabletop.expert import Expert
+from tabletop.scene import COLORS, SHAPES, TableObject, build_model, lay_out
+from tabletop.tasks import TASKS, WORDINGS
+
+
+STILL = np.array([0, 0, 0, 0, 0, 0, 1], dtype=np.float32)
+
+
+def make_env(**kwargs) -> TabletopEnv:
+    return TabletopEnv(**{"image_size": 32, "render_observations": False, **kwargs})
+
+
+def run_expert(env: TabletopEnv, seed: int, noise_seed: int | None = None) -> str:
+    """The outcome of one episode."""
+    env.reset(seed=seed)
+    expert, rng = Expert(env), None if noise_seed is None else np.random.default_rng(noise_seed)
+    while True:
+        action = expert.action() if rng is None else expert.noisy_action(rng)
+        *_, terminated, truncated, info = env.step(action)
+        if terminated or truncated:
+            return info["outcome"]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_gymnasium_accepts_it():
+    check_env(make_env(render_observations=True), skip_render_check=True)
+    env = gymnasium.make("tabletop:Tabletop-v0", image_size=32)
+    observation, _ = env.reset(seed=0)
+    assert env.observation_space.contains(observation)
+
+
+def test_bit_reproducible():
+    first, second = (make_env(render_observations=True, randomize=True) for _ in range(2))
+    for env in (first, second):
+        env.reset(seed=11)
+    actions = np.random.default_rng(0).uniform(-1, 1, (15, 7)) * first.action_space.high
+    for action in actions:
+        one, other = first.step(action)[0], second.step(action)[0]
+        assert one["instruction"] == other["instruction"]
+        for key in ("image", "wrist_image", "state"):
+            np.testing.assert_array_equal(one[key], other[key])
+    assert (first.reset(seed=11)[0]["image"] != first.reset(seed=12)[0]["image"]).any()
+
+
+class TestActions:
+    @pytest.fixture
+    def env(self):
+        env = make_env()
+        env.reset(seed=0, options={"task": "pick"})
+        return env
+
+    @pytest.mark.parametrize("axis", [0, 1, 2])
+    def test_translation_is_in_metres_of_the_base_frame(self, env, axis):
+        start = env.data.site("grasp").xpos.copy()
+        action = STILL.copy()
+        action[axis] = 0.02
+        env.step(action)
+        for _ in range(6):
+            env.step(STILL)
+        moved = env.data.site("grasp").xpos - start
+        np.testing.assert_allclose(moved, 0.02 * np.eye(3)[axis], atol=3e-3)
+
+    @pytest.mark.parametrize("axis", [3, 4, 5])
+    def test_rotation_is_in_radians_about_the_base_axes(self, env, axis):
+        before = env._state()[3:6]
+        action = STILL.copy()
+        action[axis] = 0.2
+        env.step(action)
+        for _ in range(6):
+            env.step(STILL)
+        np.testing.assert_allclose(env._state()[3:6] - before, 0.2 * np.eye(3)[axis - 3], atol=0.02)
+
+    def test_gripper_closes_below_one_half(self, env):
+        action = STILL.copy()
+        action[6] = 0.4
+        for _ in range(8):
+            observation, *_ = env.step(action)
+        assert (observation["state"][6:] < 0.005).all()
+        action[6] = 0.6
+        for _ in range(8):
+            observation, *_ = env.step(action)
+        assert (observation["state"][6:] > 0.035).all()
+
+    def test_larger_actions_are_clipped(self, env):
+        twin = make_env()
+        twin.reset(seed=0, options={"task": "pick"})
+        env.step(np.array([9, 9, 9, 0, 0, 9, 9.0]))
+        twin.step(np.array([MAX_TRANSLATION] * 3 + [0, 0, MAX_ROTATION, 1]))
+        np.testing.assert_array_equal(env.data.qpos, twin.data.qpos)
+
+    @pytest.mark.parametrize(
+        "action, message",
+        [
+            (np.zeros(6), r"shape \(7,\), got \(6,\)"),
+            (np.zeros((1, 7)), r"shape \(7,\), got \(1, 7\)"),
+            (np.full(7, np.nan), "must be finite"),
+            (np.array([np.inf, 0, 0, 0, 0, 0, 0]), "must be finite"),
+        ],
+    )
+    def test_bad_actions(self, env, action, message):
+        with pytest.raises(ValueError, match=message):
+            env.step(action)
+
+
+class TestTasks:
+    @pytest.mark.parametrize("task", TASKS)
+    def test_every_wording(self, task):
+        env = make_env()
+        spoken = set()
+        for wording in range(len(WORDINGS[task])):
+            options = {"task": task, "target": "red cube", "side": "left", "wording": wording}
+            spoken.add(env.reset(seed=0, options=options)[0]["instruction"])
+        assert len(spoken) == len(WORDINGS[task])
+        assert all("red cube" in text for text in spoken)
+
+    @pytest.mark.parametrize("task", TASKS)
+    def test_expert_succeeds(self, task):
+        env = make_env(tasks=(task,))
+        assert [run_expert(env, seed) for seed in range(10)] == ["success"] * 10
+
+    def test_expert_turns_the_hand_for_a_brick(self):
+        env = make_env(tasks=("pick",), objects=["red brick"])
+        assert {run_expert(env, seed) for seed in range(10)} == {"success"}
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("noisy", [False, True])
+    @pytest.mark.parametrize("task", TASKS)
+    def test_expert_succeeds_on_200_seeds(self, task, noisy):
+        env = make_env(tasks=(task,))
+        outcomes = [run_expert(env, seed, seed if noisy else None) for seed in range(1000, 1200)]
+        assert outcomes.count("success") >= 196
+
+    def test_the_wrong_object_is_named(self):
+        env = make_env()
+        env.reset(seed=3, options={"task": "pick"})
+        asked, other = env.objects[0].name, env.objects[1].name
+        # An expert for another goal in the same scene lifts another object.
+        goal = env.goal
+        misled = Expert(env)
+        while True:
+            env.goal = type(goal)("pick", other, goal.start)
+            action = misled.action()
+            env.goal = goal
+            *_, terminated, truncated, info = env.step(action)
+            if terminated or truncated:
+                break
+        assert asked != other
+        assert info["outcome"] == "wrong_object"
+
+    def test_dropped_and_timeout(self):
+        env = make_env(max_steps=5)
+        env.reset(seed=0)
+        env.data.joint(env.goal.target).qpos[:3] = [1.5, 0, -0.1]
+        *_, terminated, _, info = env.step(STILL)
+        assert (terminated, info["outcome"]) == (True, "dropped")
+        env.reset(seed=0)
+        for _ in range(5):
+            *_, terminated, truncated, info = env.step(STILL)
+        assert (terminated, truncated, info["outcome"]) == (False, True, "timeout")
+
+    def test_nothing_succeeds_by_itself(self):
+        env = make_env(max_steps=3)
+        for seed in range(30):
+            env.reset(seed=seed)
+            for _ in range(3):
+                *_, info = env.step(STILL)
+            assert info["outcome"] == "timeout"
+
+    @pytest.mark.parametrize(
+        "options, message",
+        [({"task": "fly"}, "`task='fly'` is unknown"), ({"target": "pink cube"}, "`target='pink cube'` is unknown")],
+    )
+    def test_unknown_options(self, options, message):
+        with pytest.raises(ValueError, match=message):
+            make_env().reset(seed=0, options=options)
+
+    @pytest.mark.parametrize(
+        "arguments, message",
+        [
+            ({"tasks": ("fly",)}, r"Tasks \['fly'\] are unknown"),
+            ({"objects": ["pink cube"]}, r"Objects \['pink cube'\] are unknown"),
+        ],
+    )
+    def test_unknown_arguments(self, arguments, message):
+        with pytest.raises(ValueError, match=message):
+            make_env(**arguments)
+
+    def test_layouts(self):
+        names = [f"{color} {shape}" for color, shape in zip(list(COLORS)[:4], SHAPES, strict=True)]
+        for seed in range(50):
+            objects, bowl = lay_out(names, np.random.default_rng(seed), push=1.0)
+            centres = np.array([*(item.position for item in objects), bowl])
+            gaps = np.linalg.norm(centres[:, None] - centres[None], axis=-1) + np.eye(len(centres))
+            assert gaps.min() > 0.06
+        with pytest.raises(ValueError, match="No room on the table"):
+            lay_out([f"{color} {shape}" for color in COLORS for shape in SHAPES], np.random.default_rng(0), tries=3)
+        with pytest.raises(ValueError, match="are alike"):
+            build_model([TableObject("red", "cube", (0.4, 0.0))] * 2, None)
+
+
+class TestCamera:
+    @pytest.fixture(scope="class")
+    @classmethod
+    def scene(cls):
+        places = [(0.42, -0.15), (0.42, 0.0), (0.42, 0.15), (0.58, -0.15), (0.58, 0.0), (0.58, 0.15)]
+        objects = [TableObject(color, "cube", place) for color, place in zip(COLORS, places, strict=True)]
+        model = build_model(objects, None)
+        data = mujoco.MjData(model)
+        mujoco.mj_forward(model, data)
+        return model, data
+
+    def test_colours_tell_apart_at_112_pixels(self, scene):
+        """Every cube covers pixels whose nearest colour, brightness aside, is its own."""
+        picture = make_camera(scene[0], 112).render(scene[1], "front").astype(float)
+        assert picture.shape == (112, 112, 3)
+        hues = picture / np.linalg.norm(picture, axis=-1, keepdims=True)
+        for color in COLORS.values():
+            similarity = hues @ (np.array(color) / np.linalg.norm(color))
+            assert (similarity > 0.99).sum() >= 12
+
+    def test_a_lamp_casts_shadows(self, scene):
+        model, data = scene
+        camera = make_camera(model, 64)
+        lit = camera.render(data, "front")
+        camera.light = camera.light + np.array([0.0, 1.0, 0.0])
+        assert (camera.render(data, "front") != lit).any()
+
+    def test_wrist_camera_sees_the_fingers_and_the_table(self):
+        env = make_env(render_observations=True, image_size=64)
+        observation, _ = env.reset(seed=0)
+        dark = (observation["wrist_image"].max(axis=-1) < 70).mean()
+        assert 0.01 < dark < 0.3
+
+    def test_unknown_backend(self, scene):
+        with pytest.raises(ValueError, match="must be one of"):
+            make_camera(scene[0], 32, "vulkan")
+
+    @pytest.mark.parametrize("backend", ["osmesa", "egl"])
+    def test_missing_graphics_library(self, scene, backend, monkeypatch):
+        monkeypatch.delenv("MUJOCO_GL", raising=False)
+        with pytest.raises(RuntimeError, match=f"MUJOCO_GL={backend}.*apt-get install"):
+            make_camera(scene[0], 32, backend)
