@@ -10,7 +10,8 @@ import numpy as np
 BACKENDS = ("raycast", "osmesa", "egl")
 
 _SKY = np.array([0.78, 0.86, 0.93])
-_AMBIENT, _DIFFUSE, _IN_SHADOW = 0.5, 0.55, 0.3
+# As the lights of panda.xml have it, so that all renderers agree.
+_AMBIENT, _HEADLIGHT, _LAMP = 0.4, 0.2, 0.5
 # Collision and visual geometry of the scene are in group 0; nothing else is drawn.
 _GROUPS = np.array([1, 0, 0, 0, 0, 0], dtype=np.uint8)
 
@@ -63,19 +64,22 @@ class RaycastCamera:
     def render(self, data: mujoco.MjData, camera: str) -> np.ndarray:
         identity = self.model.camera(camera).id
         origin = data.cam_xpos[identity]
-        rays = self._directions(camera) @ data.cam_xmat[identity].reshape(3, 3).T  # (S * S, 3)
+        axes = data.cam_xmat[identity].reshape(3, 3)  # the camera looks along its third axis, backwards
+        rays = self._directions(camera) @ axes.T  # (S * S, 3)
         geoms, distances, normals = self._cast(data, origin, rays, with_normals=True)
         hit = geoms >= 0
         brightness = np.ones(len(rays), dtype=np.float32)
-        brightness[hit] = self._shade(data, origin + rays[hit] * distances[hit, None], normals[hit])
+        facing = np.clip(normals[hit] @ axes[:, 2], 0.0, 1.0)
+        lit = self._lamp(data, origin + rays[hit] * distances[hit, None], normals[hit])
+        brightness[hit] = _AMBIENT + _HEADLIGHT * facing + _LAMP * lit
         colors = np.where(hit[:, None], self.colors[geoms] * brightness[:, None], self.colors[-1])
         return np.uint8(np.clip(colors, 0.0, 1.0) * 255 + 0.5).reshape(self.size, self.size, 3)
 
     def close(self) -> None:
         self.directions.clear()
 
-    def _shade(self, data: mujoco.MjData, points: np.ndarray, normals: np.ndarray) -> np.ndarray:
-        """Brightness of surface points (N, 3) with their normals, (N,)."""
+    def _lamp(self, data: mujoco.MjData, points: np.ndarray, normals: np.ndarray) -> np.ndarray:
+        """How much of the lamp's light surface points (N, 3) with their normals reflect, (N,); none in shadow."""
         to_light = self.light - points
         reach = np.linalg.norm(to_light, axis=1)
         to_light /= reach[:, None]
@@ -83,7 +87,7 @@ class RaycastCamera:
         # From the lamp, so that all rays share one origin: a point is lit where nothing lies nearer.
         _, distances, _ = self._cast(data, self.light, -to_light, with_normals=False)
         blocked = (distances >= 0) & (distances < reach - 3e-3)
-        return _AMBIENT + _DIFFUSE * diffuse * np.where(blocked, _IN_SHADOW, 1.0)
+        return np.where(blocked, 0.0, diffuse)
 
     def _cast(
         self, data: mujoco.MjData, origin: np.ndarray, rays: np.ndarray, with_normals: bool

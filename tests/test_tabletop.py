@@ -1,9 +1,14 @@
 """The simulated tabletop: physics, pictures, tasks and the expert."""
 
+import os
+import subprocess
+import sys
+
 import gymnasium
 import mujoco
 import numpy as np
 import pytest
+from conftest import REPOSITORY
 from gymnasium.utils.env_checker import check_env
 
 from tabletop.camera import make_camera
@@ -13,6 +18,21 @@ from tabletop.scene import COLORS, SHAPES, TableObject, build_model, lay_out
 from tabletop.tasks import TASKS, WORDINGS
 
 
+COMPARE_RENDERERS = """
+import sys
+import numpy as np
+from tabletop.camera import make_camera
+from tabletop.environment import TabletopEnv
+
+env = TabletopEnv(render_observations=False)
+for seed in range(3):
+    env.reset(seed=seed)
+    other = make_camera(env.model, 224, sys.argv[1])
+    for name in ("front", "wrist"):
+        ours = make_camera(env.model, 224).render(env.data, name).astype(float)
+        print(np.abs(ours - other.render(env.data, name)).mean())
+    other.close()
+"""
 STILL = np.array([0, 0, 0, 0, 0, 0, 1], dtype=np.float32)
 
 
@@ -240,6 +260,25 @@ class TestCamera:
         observation, _ = env.reset(seed=0)
         dark = (observation["wrist_image"].max(axis=-1) < 70).mean()
         assert 0.01 < dark < 0.3
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("backend", ["osmesa", "egl"])
+    def test_renderers_agree(self, backend):
+        """Within one grey level on average, so that they can be swapped; edges and shadows may differ by a pixel."""
+        result = subprocess.run(
+            [sys.executable, "-c", COMPARE_RENDERERS, backend],
+            env={**os.environ, "MUJOCO_GL": backend, "PYTHONPATH": str(REPOSITORY)},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        # Without its library, MuJoCo fails while it is imported, or the renderer while it starts.
+        if "import mujoco" in result.stderr or f"The renderer '{backend}' cannot start" in result.stderr:
+            pytest.skip(f"{backend} is not installed: {result.stderr.strip().splitlines()[-1]}")
+        assert result.returncode == 0, result.stderr
+        differences = [float(value) for value in result.stdout.split()]
+        assert len(differences) == 6
+        assert max(differences) < 1.0
 
     def test_unknown_backend(self, scene):
         with pytest.raises(ValueError, match="must be one of"):
