@@ -1,0 +1,388 @@
+"""Recording: the dataset's form and contents, determinism, kills and reruns, replay."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from conftest import FIXTURES, REPOSITORY
+from PIL import Image
+
+from tabletop import record as recorder
+from tabletop.environment import TabletopEnv
+from tabletop.record import Recording, draw_start, image_statistics, is_noop, main, record, vector_statistics
+from tabletop.scene import COLORS, SHAPES
+
+
+SMALL = Recording(episodes=6, seed=3, image_size=32)
+REAL = json.loads((FIXTURES / "lerobot_v30_schema.json").read_text())
+DATA = "data/chunk-000/file-000.parquet"
+EPISODES = "meta/episodes/chunk-000/file-000.parquet"
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory) -> Path:
+    return record(SMALL, tmp_path_factory.mktemp("recorded") / "dataset")
+
+
+@pytest.fixture(scope="module")
+def frames(dataset) -> list[dict]:
+    return pq.read_table(dataset / DATA).to_pylist()
+
+
+@pytest.fixture(scope="module")
+def stories(dataset) -> list[dict]:
+    return [json.loads(line) for line in (dataset / "meta/tabletop.jsonl").read_text().splitlines()]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def leftovers(dataset: Path) -> list[str]:
+    return [path.name for path in dataset.parent.iterdir() if path != dataset and path.name.startswith(dataset.name)]
+
+
+def pictures(frames: list[dict], key: str) -> np.ndarray:
+    return np.stack([np.array(Image.open(io.BytesIO(frame[key]["bytes"]))) for frame in frames])
+
+
+class TestForm:
+    """Against what the package lerobot itself wrote (tests/fixtures/lerobot_v30_schema.json)."""
+
+    def test_files(self, dataset):
+        assert sorted(contents(dataset)) == sorted([*REAL["files"], "meta/tabletop.jsonl"])
+
+    def test_info(self, dataset):
+        info, real = json.loads((dataset / "meta/info.json").read_text()), REAL["info"]
+        assert list(info) == list(real)
+        own = {"robot_type", "total_episodes", "total_frames", "total_tasks", "splits", "features"}
+        assert {key: info[key] for key in info if key not in own} == {key: real[key] for key in real if key not in own}
+        assert info["robot_type"] == "tabletop"
+        assert info["splits"] == {"train": "0:6"}
+        assert list(info["features"]) == list(real["features"])
+        for key, feature in info["features"].items():
+            expected = real["features"][key]
+            assert list(feature) == list(expected)
+            assert feature["dtype"] == expected["dtype"]
+            if feature["dtype"] == "image":
+                assert (feature["shape"], feature["names"]) == ([32, 32, 3], expected["names"])
+            else:
+                assert feature["shape"] == expected["shape"]
+                assert feature["names"] is None or len(feature["names"]) == feature["shape"][0]
+
+    @pytest.mark.parametrize("path", sorted(REAL["parquet"]))
+    def test_parquet_columns(self, dataset, path):
+        schema, real = pq.read_schema(dataset / path), REAL["parquet"][path]
+        assert {field.name: str(field.type) for field in schema} == real["columns"]
+        assert schema.names == list(real["columns"])
+
+    def test_parquet_metadata(self, dataset):
+        features = json.loads(pq.read_schema(dataset / DATA).metadata[b"huggingface"])["info"]["features"]
+        assert features == REAL["parquet"][DATA]["metadata"]["huggingface"]["info"]["features"]
+        pandas = json.loads(pq.read_schema(dataset / "meta/tasks.parquet").metadata[b"pandas"])
+        real = REAL["parquet"]["meta/tasks.parquet"]["metadata"]["pandas"]
+        assert pandas == {**real, "creator": pandas["creator"]}
+
+    def test_statistics(self, dataset):
+        statistics = json.loads((dataset / "meta/stats.json").read_text())
+        assert {
+            key: {name: [list(np.shape(value)), np.array(value).dtype.kind] for name, value in values.items()}
+            for key, values in statistics.items()
+        } == REAL["stats"]
+
+    def test_row_groups_are_episodes(self, dataset, stories):
+        metadata = pq.ParquetFile(dataset / DATA).metadata
+        rows = [metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)]
+        assert rows == [story["length"] for story in stories]
+
+    def test_files_roll_over(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(recorder, "DATA_FILE_MB", 0.05)
+        folder = record(SMALL, tmp_path / "dataset")
+        rows = pq.read_table(folder / EPISODES).to_pylist()
+        assert len({row["data/file_index"] for row in rows}) > 1
+        for row in rows:
+            path = REAL["info"]["data_path"].format(
+                chunk_index=row["data/chunk_index"], file_index=row["data/file_index"]
+            )
+            index = pq.read_table(folder / path, filters=[("episode_index", "=", row["episode_index"])])["index"]
+            assert index.to_pylist() == list(range(row["dataset_from_index"], row["dataset_to_index"]))
+
+
+class TestContents:
+    def test_numbering(self, dataset, frames, stories):
+        info = json.loads((dataset / "meta/info.json").read_text())
+        lengths = [story["length"] for story in stories]
+        assert len(frames) == info["total_frames"] == sum(lengths)
+        assert [frame["index"] for frame in frames] == list(range(len(frames)))
+        expected = [(episode, step) for episode, length in enumerate(lengths) for step in range(length)]
+        assert [(frame["episode_index"], frame["frame_index"]) for frame in frames] == expected
+        for frame in frames:
+            assert frame["timestamp"] == np.float32(frame["frame_index"] / 10)
+
+    def test_tasks(self, dataset, frames, stories):
+        rows = pq.read_table(dataset / "meta/tasks.parquet").to_pylist()
+        texts = {row["task_index"]: row["__index_level_0__"] for row in rows}
+        assert list(texts) == list(range(len(rows))) == list(range(len(set(texts.values()))))
+        for frame in frames:
+            assert texts[frame["task_index"]] == stories[frame["episode_index"]]["instruction"]
+
+    def test_episodes(self, dataset, stories):
+        first = 0
+        for row, story in zip(pq.read_table(dataset / EPISODES).to_pylist(), stories, strict=True):
+            assert row["episode_index"] == story["episode_index"]
+            assert row["tasks"] == [story["instruction"]]
+            assert row["length"] == story["length"]
+            assert (row["dataset_from_index"], row["dataset_to_index"]) == (first, first + row["length"])
+            first += row["length"]
+
+    def test_pictures(self, frames):
+        for key in ("observation.images.front", "observation.images.wrist"):
+            seen = pictures(frames, key)
+            assert seen.shape == (len(frames), 32, 32, 3)
+            assert seen.std() > 10
+            assert [frame[key]["path"] for frame in frames] == [f"frame-{f['frame_index']:06d}.png" for f in frames]
+        assert REAL["image_paths"] == [f"frame-{index:06d}.png" for index in (10, 11, 0, 1, 2)]
+
+    def test_only_successes_and_every_task(self, stories):
+        assert {story["outcome"] for story in stories} == {"success"}
+        assert [story["options"]["task"] for story in stories] == ["pick", "put_in_bowl", "push"] * 2
+
+    def test_statistics_equal_numpy(self, dataset, frames):
+        statistics = json.loads((dataset / "meta/stats.json").read_text())
+        rows = pq.read_table(dataset / EPISODES).to_pylist()
+        for key, values in statistics.items():
+            self.check(values, key, frames)
+            for row in rows[:2]:
+                own = {name: row[f"stats/{key}/{name}"] for name in values}
+                self.check(own, key, frames[row["dataset_from_index"] : row["dataset_to_index"]])
+
+    @staticmethod
+    def check(statistics: dict, key: str, frames: list[dict]) -> None:
+        if "images" in key:
+            values = pictures(frames, key).reshape(-1, 3) / 255
+        else:
+            values = np.array([frame[key] for frame in frames], dtype=np.float64).reshape(len(frames), -1)
+        expected = {name: getattr(values, name)(axis=0) for name in ("min", "max", "mean", "std")}
+        expected |= {name: np.quantile(values, at, axis=0) for name, at in recorder.QUANTILES.items()}
+        assert statistics["count"] == [len(frames)]
+        for name, value in expected.items():
+            np.testing.assert_allclose(
+                np.ravel(statistics[name]), value, rtol=1e-9, atol=1e-9, err_msg=f"{key} {name}"
+            )
+
+    def test_statistics_of_few_pixels(self):
+        """Quantiles between two levels are interpolated as numpy does it."""
+        rng = np.random.default_rng(0)
+        for count in (1, 2, 5, 101):
+            pixels = rng.integers(0, 256, (count, 3), dtype=np.uint8)
+            histogram = np.stack([np.bincount(pixels[:, channel], minlength=256) for channel in range(3)])
+            ours, numpys = image_statistics(histogram, 1), vector_statistics(pixels / 255)
+            for name in recorder.QUANTILES:
+                np.testing.assert_allclose(np.ravel(ours[name]), numpys[name], atol=1e-12)
+
+
+class TestReplay:
+    def test_recorded_actions_succeed_from_the_recorded_start(self, frames, stories):
+        """Bit for bit: the states on the way are the recorded ones."""
+        for story in stories:
+            env = TabletopEnv(image_size=32, render_observations=False)
+            observation, _ = env.reset(seed=story["seed"], options=story["options"])
+            assert env.data.qpos.tolist() == story["qpos"]
+            assert env.data.qvel.tolist() == story["qvel"]
+            assert observation["instruction"] == story["instruction"]
+            for frame in (frame for frame in frames if frame["episode_index"] == story["episode_index"]):
+                np.testing.assert_array_equal(observation["state"], np.float32(frame["observation.state"]))
+                observation, *_, info = env.step(np.float32(frame["action"]))
+            assert info["outcome"] == "success"
+
+    def test_pictures_are_of_the_start(self, frames, stories):
+        env = TabletopEnv(image_size=32)
+        observation, _ = env.reset(seed=stories[0]["seed"], options=stories[0]["options"])
+        for key, name in recorder.CAMERAS.items():
+            np.testing.assert_array_equal(pictures(frames[:1], key)[0], observation[name])
+
+
+class TestNoops:
+    def test_rule(self):
+        still, open_hand = np.zeros(7), np.array([0, 0, 0, 0, 0, 0, 1.0])
+        assert is_noop(still, None)
+        assert is_noop(still, still)
+        assert not is_noop(still, open_hand)
+        assert is_noop(np.array([5e-5, 5e-5, 0, 0, 0, 0, 1]), open_hand)
+        assert not is_noop(np.array([8e-5, 8e-5, 0, 0, 0, 0, 1]), open_hand)
+
+    def test_none_is_recorded(self, frames):
+        for index, frame in enumerate(frames):
+            previous = frames[index - 1]["action"] if frame["frame_index"] else None
+            assert not is_noop(np.array(frame["action"]), None if previous is None else np.array(previous))
+
+    def test_none_is_executed(self, monkeypatch):
+        """An expert that rests every other time: the rests reach neither the robot nor the record."""
+        moves = iter(range(1000))
+
+        def action(self, rng, noise):
+            return np.array([0.01 * (next(moves) % 2), 0, 0, 0, 0, 0, 1], dtype=np.float32)
+
+        monkeypatch.setattr(recorder.Expert, "noisy_action", action)
+        env = TabletopEnv(image_size=8, max_steps=7)
+        observation, _ = env.reset(seed=0)
+        taken, outcome = recorder.demonstrate(env, observation, np.random.default_rng(0), 0.3)
+        assert (len(taken), env.steps, outcome) == (7, 7, "timeout")
+        assert all(frame["action"][0] > 0 for frame in taken)
+
+    def test_an_expert_at_rest_ends_the_attempt(self, monkeypatch):
+        monkeypatch.setattr(recorder.Expert, "noisy_action", lambda *_: np.zeros(7, dtype=np.float32))
+        env = TabletopEnv(image_size=8)
+        observation, _ = env.reset(seed=0)
+        assert recorder.demonstrate(env, observation, np.random.default_rng(0), 0.3) == ([], None)
+        with pytest.raises(RuntimeError, match="Episode 0 failed 100 times"):
+            recorder.record_episode(Recording(1, image_size=8), 0, Path("unused"))
+
+    def test_the_least_noise_succeeds(self, tmp_path):
+        record(Recording(episodes=3, image_size=8, noise=recorder.MIN_NOISE), tmp_path / "dataset")
+
+
+class TestReruns:
+    def test_two_workers_record_the_same(self, dataset, tmp_path):
+        assert contents(record(SMALL, tmp_path / "dataset", num_workers=2)) == contents(dataset)
+
+    def test_seeds_differ(self):
+        starts = {str(draw_start(Recording(1, seed=seed), episode, 0)[:2]) for seed in (0, 1) for episode in range(5)}
+        assert len(starts) == 10
+
+    @pytest.mark.parametrize("num_workers", [1, 2])
+    def test_kill_and_resume(self, dataset, tmp_path, num_workers):
+        output = tmp_path / "dataset"
+        staging = tmp_path / "dataset.recording"
+        arguments = ["--episodes", "6", "--seed", "3", "--image_size", "32", "--output", str(output)]
+        arguments += ["--num_workers", str(num_workers)]
+        command = [sys.executable, "-m", "tabletop.record", *arguments]
+        process = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 60
+        while len(list(staging.glob("episode-*.parquet"))) < 2:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.001)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        assert not output.exists()
+        finished = {path: path.stat().st_mtime_ns for path in staging.glob("episode-*.parquet")}
+        assert 2 <= len(finished) < 6
+        # What a kill in the middle of writing leaves behind.
+        (staging / "episode-000005.parquet.1.partial").write_bytes(b"half")
+        (tmp_path / "dataset.assembling" / "data").mkdir(parents=True)
+        recorded = []
+        original = recorder.record_episode
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(recorder, "record_episode", lambda *job: (recorded.append(job[1]), original(*job)))
+            main([*arguments, "--num_workers", "1"])
+        assert not set(recorded) & {int(path.name[8:14]) for path in finished}
+        assert contents(output) == contents(dataset)
+        assert leftovers(output) == []
+
+    def test_killed_while_assembling(self, dataset, tmp_path, monkeypatch):
+        original = recorder.os.rename
+
+        def die(*_):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(recorder.os, "rename", die)
+        with pytest.raises(KeyboardInterrupt):
+            record(SMALL, tmp_path / "dataset")
+        assert not (tmp_path / "dataset").exists()
+        monkeypatch.setattr(recorder.os, "rename", original)
+        monkeypatch.setattr(recorder, "record_episode", die)
+        assert contents(record(SMALL, tmp_path / "dataset")) == contents(dataset)
+
+    def test_killed_while_clearing_up(self, tmp_path):
+        small = Recording(episodes=1, image_size=8)
+        output = record(small, tmp_path / "dataset")
+        staging = tmp_path / "dataset.recording"
+        staging.mkdir()
+        (staging / "arguments.json").write_text(json.dumps(recorder.asdict(small)))
+        assert record(small, output) == output
+        assert leftovers(output) == []
+
+    def test_workers_end_with_the_recording(self, tmp_path):
+        command = [sys.executable, "-m", "tabletop.record", "--episodes", "500", "--image_size", "32"]
+        command += ["--num_workers", "2", "--output", str(tmp_path / "dataset")]
+        process = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.DEVNULL)
+        staging = tmp_path / "dataset.recording"
+        deadline = time.monotonic() + 60
+        while len(list(staging.glob("episode-*.parquet"))) < 2:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        time.sleep(1.0)
+        before = len(list(staging.iterdir()))
+        time.sleep(1.5)
+        assert len(list(staging.iterdir())) == before
+
+
+class TestHoldOuts:
+    @pytest.mark.parametrize(
+        "hold_out, count",
+        [((), 24), (("red",), 20), (("ball",), 18), (("blue cube",), 23), (("red", "ball", "blue cube"), 14)],
+    )
+    def test_targets(self, hold_out, count):
+        targets = Recording(1, hold_out=hold_out).targets()
+        assert len(targets) == count
+        for name in targets:
+            assert not {name, *name.split()} & set(hold_out)
+
+    def test_in_a_recording(self, tmp_path):
+        colors = [color for color in COLORS if color != "green"]
+        shapes = [shape for shape in SHAPES if shape != "cube"]
+        output = tmp_path / "dataset"
+        command = ["--episodes", "3", "--image_size", "8", "--output", str(output), "--tasks", "pick", "--randomize"]
+        main([*command, "--hold_out", *colors, *shapes])
+        lines = [json.loads(line) for line in (output / "meta/tabletop.jsonl").read_text().splitlines()]
+        assert {(line["options"]["target"], line["options"]["task"]) for line in lines} == {("green cube", "pick")}
+        assert all("green cube" in line["instruction"] and line["environment"]["randomize"] for line in lines)
+
+
+class TestRefused:
+    @pytest.mark.parametrize(
+        "arguments, message",
+        [
+            ({"episodes": 0}, "`episodes` must be at least 1, got 0"),
+            ({"seed": -1}, "`seed` must be at least 0"),
+            ({"image_size": 0}, "`image_size` must be at least 1"),
+            ({"tasks": ("fly",)}, r"`tasks` must be among .* got \['fly'\]"),
+            ({"tasks": ()}, "`tasks` must be among"),
+            ({"noise": 0.0}, "`noise` must be at least 0.01, got 0.0"),
+            ({"noise": float("nan")}, "`noise` must be at least"),
+            ({"hold_out": ("pink",)}, r"got \['pink'\]"),
+            ({"hold_out": tuple(COLORS)}, "leaves no object"),
+        ],
+    )
+    def test_values(self, arguments, message):
+        with pytest.raises(ValueError, match=message):
+            Recording(**{"episodes": 1, **arguments})
+
+    def test_workers(self, tmp_path):
+        with pytest.raises(ValueError, match="`num_workers` must be at least 1"):
+            record(SMALL, tmp_path / "dataset", num_workers=0)
+
+    def test_existing_output(self, dataset):
+        before = contents(dataset)
+        with pytest.raises(FileExistsError, match="remove it or choose another"):
+            record(SMALL, dataset)
+        assert contents(dataset) == before
+
+    def test_other_arguments(self, tmp_path, capsys):
+        (tmp_path / "dataset.recording").mkdir()
+        (tmp_path / "dataset.recording" / "arguments.json").write_text(json.dumps(recorder.asdict(SMALL)))
+        command = ["--episodes", "6", "--seed", "4", "--image_size", "32", "--output", str(tmp_path / "dataset")]
+        with pytest.raises(SystemExit):
+            main(command)
+        assert "holds a recording with other arguments (seed=3, now 4)" in capsys.readouterr().err
+        assert not (tmp_path / "dataset").exists()
