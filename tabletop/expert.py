@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from .control import OPEN_WIDTH
 from .environment import MAX_ROTATION, MAX_TRANSLATION, TabletopEnv
 from .scene import BOWL_HEIGHT, SHAPES
 from .tasks import SIDES
@@ -62,7 +63,7 @@ class Expert:
         target, hand = env.data.body(env.goal.target).xpos, env.data.site("grasp").xpos
         offset = target - hand
         sideways = np.linalg.norm(offset[:2])
-        closed = env.data.qpos[7] < 0.9 * 0.04
+        closed = env.data.qpos[7] < 0.9 * OPEN_WIDTH
         around = sideways < 2 * GRASP_TOLERANCE and abs(offset[2]) < 2 * GRASP_TOLERANCE
         if closed and around:
             return self._carry(task, target, hand) if self._is_gripped() else (np.zeros(3), 0.0, 0.0)

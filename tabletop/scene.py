@@ -63,13 +63,9 @@ class TableObject:
         _, size = SHAPES[self.shape]
         return {"ball": size[0], "cylinder": size[1]}.get(self.shape, size[2])
 
-    @property
-    def radius(self) -> float:
-        """Of the circle around its footprint, in metres."""
-        return footprint_radius(self.shape)
-
 
 def footprint_radius(shape: str) -> float:
+    """Of the circle around an upright object's footprint, in metres."""
     _, size = SHAPES[shape]
     return float(np.hypot(size[0], size[1])) if shape in ("cube", "brick") else size[0]
 
