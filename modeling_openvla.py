@@ -349,9 +349,13 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
                 "`push_to_hub` does not go with `state_dict` or `variant`: save, then upload the directory."
             )
         hub_kwargs = {name: kwargs.pop(name) for name in HUB_PUSH_ARGUMENTS if name in kwargs}
-        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
         if not is_main_process:
+            # transformers 4.57 copies the code of a class that came through an Auto class in every process.
+            self._auto_class = None
+            super().save_pretrained(save_directory, is_main_process=False, **kwargs)
+            del self._auto_class
             return
+        super().save_pretrained(save_directory, **kwargs)
         copy_remote_code(__file__, save_directory)
         if push_to_hub:
             hub_kwargs |= {name: kwargs[name] for name in ("max_shard_size",) if name in kwargs}

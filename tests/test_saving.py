@@ -171,8 +171,10 @@ def test_rotary_settings_survive_both_ways(tmp_path):
     assert saved["partial_rotary_factor"] == 0.4
 
 
-def test_only_the_main_process_writes(policy, tmp_path):
-    model, _ = policy
+@pytest.mark.parametrize("auto_class", [None, "AutoModelForImageTextToText"])
+def test_only_the_main_process_writes(auto_class, tmp_path, monkeypatch):
+    monkeypatch.setattr(repository_class("OpenVLAForActionPrediction"), "_auto_class", auto_class)
+    model, _ = load_policy(REPOSITORY)
     model.save_pretrained(tmp_path / "other", False)
     assert not list((tmp_path / "other").glob("*_openvla.py"))
     model.save_pretrained(tmp_path / "main", True)
