@@ -2,6 +2,7 @@
 """Image processor and processor: camera images and instructions in, model inputs out, and actions back."""
 
 import copy
+import functools
 import inspect
 import json
 from collections.abc import Sequence
@@ -40,6 +41,8 @@ PROCESSOR_AUTO_MAP = {
 # takes hundreds of megabytes.
 MIN_IMAGE_SIDE, MAX_IMAGE_SIDE = 8, 8192
 
+RESAMPLINGS = ("pil_bicubic", "tf_lanczos3")
+
 _INSTRUCTION = "What action should the robot take to {instruction}?"
 PROMPT_TEMPLATES = {
     "pure": f"In: {_INSTRUCTION}\nOut:",
@@ -64,11 +67,7 @@ def to_pil_rgb(image: ImageInput) -> Image.Image:
     if not isinstance(image, Image.Image):
         image = Image.fromarray(_to_uint8_array(image))
     width, height = image.size
-    if not MIN_IMAGE_SIDE <= min(width, height) <= max(width, height) <= MAX_IMAGE_SIDE:
-        raise ValueError(
-            f"An image of {width}x{height} pixels was given; both sides must be between {MIN_IMAGE_SIDE} and "
-            f"{MAX_IMAGE_SIDE}."
-        )
+    _check_sides(width, height)
     if image.mode in ("I", "F") or image.mode.startswith("I;"):
         raise ValueError(f"An image of mode {image.mode!r} holds depth or raw sensor values, not 8-bit colours.")
     try:
@@ -77,6 +76,22 @@ def to_pil_rgb(image: ImageInput) -> Image.Image:
     except (OSError, SyntaxError) as error:
         name = getattr(image, "filename", "") or "the image"
         raise ValueError(f"{name} ({width}x{height} pixels) cannot be decoded: {error}.") from error
+
+
+def to_rgb_pixels(image: ImageInput) -> np.ndarray:
+    """uint8 (H, W, 3) of one image: see [`to_pil_rgb`]. An array that is this already is returned as it is."""
+    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[-1] == 3:
+        _check_sides(image.shape[1], image.shape[0])
+        return image
+    return np.asarray(to_pil_rgb(image))
+
+
+def _check_sides(width: int, height: int) -> None:
+    if not MIN_IMAGE_SIDE <= min(width, height) <= max(width, height) <= MAX_IMAGE_SIDE:
+        raise ValueError(
+            f"An image of {width}x{height} pixels was given; both sides must be between {MIN_IMAGE_SIDE} and "
+            f"{MAX_IMAGE_SIDE}."
+        )
 
 
 def _to_uint8_array(image: np.ndarray | torch.Tensor) -> np.ndarray:
@@ -107,14 +122,6 @@ def _to_uint8_array(image: np.ndarray | torch.Tensor) -> np.ndarray:
     return np.ascontiguousarray(image)
 
 
-def resize_short_side(image: Image.Image, size: int) -> Image.Image:
-    """Bicubic, the shorter side to `size`, keeping the aspect ratio."""
-    width, height = image.size
-    if width <= height:
-        return image.resize((size, int(size * height / width)), Image.Resampling.BICUBIC)
-    return image.resize((int(size * width / height), size), Image.Resampling.BICUBIC)
-
-
 def center_crop(image: Image.Image, size: int) -> Image.Image:
     left, top = round((image.width - size) / 2), round((image.height - size) / 2)
     return image.crop((left, top, left + size, top + size))
@@ -125,6 +132,95 @@ def pad_to_square(image: Image.Image, fill: Sequence[int]) -> Image.Image:
     side = max(image.size)
     horizontal, vertical = (side - image.width) // 2, (side - image.height) // 2
     return ImageOps.expand(image, (horizontal, vertical, horizontal, vertical), fill=tuple(fill))
+
+
+# Weights of one axis, cut into runs of output pixels: which pixels go in, which come out, and how much each counts,
+# float32 (in, out).
+Bands = tuple[tuple[slice, slice, np.ndarray], ...]
+
+
+def cut_into_bands(weights: np.ndarray) -> Bands:
+    """
+    The non-zero part of a resampling matrix, (out, in), whose rows have their weights around a diagonal.
+
+    Eight output pixels at a time: in runs this short few zeros are multiplied, and a matrix product pays off.
+    """
+    bands = []
+    for start in range(0, len(weights), 8):
+        target = slice(start, min(start + 8, len(weights)))
+        used = np.flatnonzero(weights[target].any(axis=0))
+        source = slice(int(used[0]), int(used[-1]) + 1)
+        block = np.ascontiguousarray(weights[target, source].T, dtype=np.float32)  # (in, out)
+        block.setflags(write=False)
+        bands.append((source, target, block))
+    return tuple(bands)
+
+
+@functools.lru_cache(maxsize=64)
+def lanczos3_bands(size_in: int, size_out: int) -> Bands:
+    """
+    Weights of TensorFlow's `ScaleAndTranslate` with the kernel `lanczos3` and antialiasing, in its float32.
+
+    The kernel is sinc(x) sinc(x / 3) for |x| < 3, stretched by the scale where the picture shrinks, centred on the
+    output pixel, cut off at the borders and normalised.
+    """
+    step = np.float32(1) / (np.float32(size_out) / np.float32(size_in))
+    stretch = max(step, np.float32(1))
+    centers = (np.arange(size_out, dtype=np.float32) + np.float32(0.5)) * step
+    pixels = np.arange(size_in, dtype=np.float32) + np.float32(0.5)
+    distances = np.abs(pixels - centers[:, None]) * (np.float32(1) / stretch)  # (out, in)
+    distances = np.maximum(distances, np.float32(1e-6))  # nothing is divided by zero
+    angles = np.float32(np.pi) * distances
+    # In double precision, since numpy's float32 sine is off in the last bit where the C library's is right.
+    sines, slow_sines = (
+        np.sin(each.astype(np.float64)).astype(np.float32) for each in (angles, angles / np.float32(3))
+    )
+    square = np.float32(np.pi) * np.float32(np.pi) * distances * distances
+    kernel = np.float32(3) * sines * slow_sines / square
+    weights = np.where(distances <= 1e-3, np.float32(1), np.where(distances < 3, kernel, np.float32(0)))
+    total = np.cumsum(weights, axis=1)[:, -1:]  # one by one, unlike `sum`
+    return cut_into_bands(weights * (np.float32(1) / total))
+
+
+@functools.lru_cache(maxsize=64)
+def center_crop_bands(size: int, area: float) -> Bands:
+    """Weights of TensorFlow's `crop_and_resize`, bilinear, for the middle sqrt(`area`) of a side, back to the side."""
+    length = area**0.5
+    positions = np.linspace((1 - length) / 2, (1 + length) / 2, size, dtype=np.float64) * (size - 1)
+    weights = np.maximum(1 - np.abs(np.arange(size) - positions[:, None]), 0)  # (out, in)
+    return cut_into_bands(weights)
+
+
+def apply_bands(pixels: np.ndarray, row_bands: Bands, column_bands: Bands) -> np.ndarray:
+    """float32 (H', W', 3) of uint8 (H, W, 3)."""
+    height, width, channels = pixels.shape
+    columns = _apply_to_first_axis(pixels.reshape(height, -1), row_bands)  # (W * C, H')
+    planes = _apply_to_first_axis(columns.reshape(width, -1), column_bands)  # (C * H', W')
+    return planes.reshape(channels, -1, planes.shape[1]).transpose(1, 2, 0)  # (C, H', W') -> (H', W', C)
+
+
+def _apply_to_first_axis(values: np.ndarray, bands: Bands) -> np.ndarray:
+    """(M, out) of (in, M): with the axis moved to the end, the next call finds the other axis first."""
+    result = np.empty((values.shape[1], bands[-1][1].stop), dtype=np.float32)
+    for source, target, weights in bands:
+        np.matmul(values[source].astype(np.float32, copy=False).T, weights, out=result[:, target])
+    return result
+
+
+def resize_lanczos3(pixels: np.ndarray, width: int, height: int) -> np.ndarray:
+    """uint8 (height, width, 3), as `tf.image.resize(method="lanczos3", antialias=True)`, rounded and clipped."""
+    if pixels.shape[:2] == (height, width):
+        return pixels
+    resized = apply_bands(pixels, lanczos3_bands(pixels.shape[0], height), lanczos3_bands(pixels.shape[1], width))
+    return np.clip(np.rint(resized), 0, 255).astype(np.uint8, order="C")
+
+
+def crop_center(pixels: np.ndarray, area: float) -> np.ndarray:
+    """uint8 (H, W, 3): the middle `area` of it, enlarged to its size, as in OpenVLA's evaluation."""
+    height, width = pixels.shape[:2]
+    cropped = apply_bands(pixels, center_crop_bands(height, area), center_crop_bands(width, area))
+    # TensorFlow makes uint8 of values in [0, 1] by cutting off 255.5 times the value.
+    return (cropped * np.float32(255.5 / 255)).astype(np.uint8, order="C")
 
 
 class OpenVLAImageProcessor(BaseImageProcessor):
@@ -143,6 +239,10 @@ class OpenVLAImageProcessor(BaseImageProcessor):
         means, stds (`list`): Per tower and channel.
         tvf_do_letterbox, tvf_letterbox_fill, tvf_resize_params, tvf_crop_params, tvf_normalize_params: The same
             settings as torchvision arguments.
+        resample (`str`, defaults to `"pil_bicubic"`): How pictures are resized: `pil_bicubic`, as the published
+            processor does, or `tf_lanczos3`, as the pictures of its training and its evaluation were.
+        center_crop_area (`float`, *optional*): Part of the resized picture's area to keep, in its middle, enlarged to
+            the whole. 0.9 for policies that were trained with random crops of this area.
     """
 
     model_input_names = ["pixel_values"]
@@ -160,6 +260,8 @@ class OpenVLAImageProcessor(BaseImageProcessor):
         tvf_resize_params: list[dict] | None = None,
         tvf_crop_params: list[dict] | None = None,
         tvf_normalize_params: list[dict] | None = None,
+        resample: str = "pil_bicubic",
+        center_crop_area: float | None = None,
         **kwargs,
     ):
         for name in ("auto_map", "image_processor_type"):
@@ -173,6 +275,8 @@ class OpenVLAImageProcessor(BaseImageProcessor):
         num_towers = len(self.means)
         self.input_sizes = [list(size) for size in input_sizes or [(3, 224, 224)] * num_towers]
         self.interpolations = list(interpolations or ["bicubic"] * num_towers)
+        self.resample = resample
+        self.center_crop_area = center_crop_area
         self._check_settings()
 
         side, letterbox = self.input_sizes[0][-1], image_resize_strategy == "letterbox"
@@ -196,19 +300,30 @@ class OpenVLAImageProcessor(BaseImageProcessor):
         derived = {"tvf_do_letterbox", "tvf_letterbox_fill", "tvf_resize_params", "tvf_crop_params"}
         if {"means", "stds"} & overrides.keys():
             derived.add("tvf_normalize_params")
-        kept = {name: value for name, value in image_processor_dict.items() if not (overrides and name in derived)}
+        decisive = overrides.keys() - {"resample", "center_crop_area"}
+        kept = {name: value for name, value in image_processor_dict.items() if not (decisive and name in derived)}
         return super().from_dict(kept | overrides, **kwargs)
 
-    def preprocess(self, images: ImageInput | Sequence[ImageInput], return_tensors: str | None = "pt") -> BatchFeature:
+    def preprocess(
+        self,
+        images: ImageInput | Sequence[ImageInput],
+        return_tensors: str | None = "pt",
+        do_center_crop: bool = True,
+    ) -> BatchFeature:
         """
         Args:
             images: One image or a batch: see [`to_pil_rgb`]; arrays and tensors may carry a leading batch axis.
             return_tensors (`str`, *optional*, defaults to `"pt"`): `pt` or `np`.
+            do_center_crop (`bool`, defaults to `True`): Follow `center_crop_area`. `False` in training, whose random
+                crop takes its place.
 
         Returns:
             `BatchFeature`: `pixel_values`, float32 (B, 3 * towers, S, S).
         """
-        pixels = np.stack([self.resize(to_pil_rgb(image)) for image in as_image_list(images)])  # (B, S, S, 3)
+        pictures = [self.resize(image) for image in as_image_list(images)]
+        if do_center_crop and self.center_crop_area is not None:
+            pictures = [crop_center(picture, self.center_crop_area) for picture in pictures]
+        pixels = np.stack(pictures)  # (B, S, S, 3)
         planes = pixels.transpose(0, 3, 1, 2)[:, None].astype(np.float32, order="C")  # (B, 1, 3, S, S)
         planes /= np.float32(255.0)
         mean, std = (
@@ -219,17 +334,38 @@ class OpenVLAImageProcessor(BaseImageProcessor):
         values /= std
         return BatchFeature({"pixel_values": values.reshape(len(values), -1, *values.shape[3:])}, return_tensors)
 
-    def resize(self, image: Image.Image) -> np.ndarray:
-        """uint8 (S, S, 3) of an RGB picture, by the resize strategy."""
-        side = self.tvf_crop_params[0]["output_size"][0]
+    def resize(self, image: ImageInput) -> np.ndarray:
+        """
+        One image at the size of the towers, by the resize strategy and `resample`, before any centre crop.
+
+        Training resizes first and augments then. What this returns passes through `preprocess` without another
+        resize.
+
+        Args:
+            image: See [`to_pil_rgb`].
+
+        Returns:
+            `np.ndarray`: uint8 (S, S, 3); the given array itself where nothing has to be done.
+        """
         if self.tvf_do_letterbox:
-            image = pad_to_square(image, self.tvf_letterbox_fill)
-        size = self.tvf_resize_params[0]["size"]
-        if isinstance(size, int):
-            image = resize_short_side(image, size)
+            image = pad_to_square(to_pil_rgb(image), self.tvf_letterbox_fill)
+        if self.resample == "tf_lanczos3":
+            pixels = to_rgb_pixels(image)
+            pixels = resize_lanczos3(pixels, *self._resized(pixels.shape[1], pixels.shape[0]))
         else:
-            image = image.resize((size[1], size[0]), Image.Resampling.BICUBIC)
-        return np.asarray(image if image.size == (side, side) else center_crop(image, side))
+            image = to_pil_rgb(image)
+            pixels = np.asarray(image.resize(self._resized(*image.size), Image.Resampling.BICUBIC))
+        side = self.tvf_crop_params[0]["output_size"][0]
+        return pixels if pixels.shape[:2] == (side, side) else np.asarray(center_crop(Image.fromarray(pixels), side))
+
+    def _resized(self, width: int, height: int) -> tuple[int, int]:
+        """Width and height after the resize, with the shorter side at a size that is one number."""
+        size = self.tvf_resize_params[0]["size"]
+        if not isinstance(size, int):
+            return size[1], size[0]
+        if width <= height:
+            return size, int(size * height / width)
+        return int(size * width / height), size
 
     def _check_settings(self) -> None:
         num_towers = len(self.means)
@@ -244,6 +380,10 @@ class OpenVLAImageProcessor(BaseImageProcessor):
             )
         if set(self.interpolations) != {"bicubic"}:
             raise ValueError(f"`interpolations` must be 'bicubic', got {self.interpolations}.")
+        if self.resample not in RESAMPLINGS:
+            raise ValueError(f"`resample` must be one of {list(RESAMPLINGS)}, got {self.resample!r}.")
+        if self.center_crop_area is not None and not 0 < self.center_crop_area <= 1:
+            raise ValueError(f"`center_crop_area` must lie in (0, 1], or be None, got {self.center_crop_area}.")
         if len({tuple(size) for size in self.input_sizes}) > 1:
             raise ValueError(f"The towers share one picture and need one size, got {self.input_sizes}.")
 
@@ -419,6 +559,7 @@ class OpenVLAProcessor(ProcessorMixin):
         truncation: bool | str | None = None,
         max_length: int | None = None,
         return_tensors: str | None = "pt",
+        do_center_crop: bool = True,
     ) -> BatchFeature:
         """
         Model inputs of one observation or a batch.
@@ -434,6 +575,8 @@ class OpenVLAProcessor(ProcessorMixin):
             unnorm_key (`str` or `list[str]`): Dataset whose statistics normalise `actions`.
             padding, truncation, max_length, return_tensors: As in the tokenizer. A batch of instructions is padded
                 by default, and never truncated.
+            do_center_crop (`bool`, defaults to `True`): `False` in training: see
+                [`OpenVLAImageProcessor.preprocess`].
 
         Returns:
             `BatchFeature`: `input_ids` and `attention_mask` (B, L), `pixel_values` (B, 3 * towers, S, S) with
@@ -462,7 +605,8 @@ class OpenVLAProcessor(ProcessorMixin):
                 self.tokenizer(prompts, padding=padding or False, truncation=truncation, max_length=max_length)
             )
         if image_list is not None:
-            inputs["pixel_values"] = self.image_processor(image_list, return_tensors="np")["pixel_values"]
+            pixels = self.image_processor(image_list, return_tensors="np", do_center_crop=do_center_crop)
+            inputs["pixel_values"] = pixels["pixel_values"]
         return BatchFeature(inputs, tensor_type=return_tensors)
 
     def render_prompt(self, instruction: str) -> str:

@@ -7,15 +7,18 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN
+from conftest import FIXTURES, GOLDEN
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from load_policy import repository_class
 from PIL import Image
 from safetensors.torch import load_file
 
+from robot_data.pictures import decode
+
 
 RECORDS = json.loads((GOLDEN / "imgproc.json").read_text())
+TENSORFLOW = FIXTURES / "tf_preprocessing"
 STORED_IMAGES = sorted(path.stem for path in (GOLDEN / "images").glob("*.png"))
 
 
@@ -27,7 +30,7 @@ def sha256(pixel_values: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(pixel_values).tobytes()).hexdigest()
 
 
-def make_processor(record: dict, side: int = 224):
+def make_processor(record: dict, side: int = 224, **settings):
     """An image processor from the arguments the reference was given, without the derived ones."""
     means = [tower["mean"] for tower in record["normalize"]]
     return repository_class("OpenVLAImageProcessor")(
@@ -36,6 +39,7 @@ def make_processor(record: dict, side: int = 224):
         input_sizes=[(3, side, side)] * len(means),
         means=means,
         stds=[tower["std"] for tower in record["normalize"]],
+        **settings,
     )
 
 
@@ -93,6 +97,119 @@ def test_save_and_load(golden_image_processor, camera_image, tmp_path):
     assert {name: saved.get(name) for name in published} == published | {
         "image_processor_type": "OpenVLAImageProcessor"
     }
+
+
+class TestTensorFlowPixels:
+    """The two settings beyond the published ones, against TensorFlow's own output."""
+
+    @pytest.fixture
+    def image_processor(self):
+        return make_processor(RECORDS["sets"]["fused_resize-naive"], resample="tf_lanczos3")
+
+    @staticmethod
+    def read(name: str) -> np.ndarray:
+        return np.asarray(Image.open(TENSORFLOW / f"{name}.png"))
+
+    @staticmethod
+    def count_differences(actual: np.ndarray, expected: np.ndarray) -> int:
+        """How many levels differ, all of them by one."""
+        assert actual.dtype == expected.dtype == np.uint8
+        assert np.abs(actual.astype(int) - expected).max() <= 1
+        return np.count_nonzero(actual != expected)
+
+    @pytest.mark.parametrize("name", ["256x256", "640x480", "320x180"])
+    def test_lanczos3(self, image_processor, name):
+        """Smaller, much smaller, and with one side enlarged."""
+        pixels = decode((TENSORFLOW / f"{name}.jpg").read_bytes())
+        assert self.count_differences(image_processor.resize(pixels), self.read(f"{name}_lanczos3")) <= 5
+
+    @pytest.mark.parametrize("strategy", ["resize-crop", "letterbox"])
+    def test_lanczos3_of_other_strategies(self, strategy):
+        """They differ in what is resized, not in how."""
+        settings = {**RECORDS["sets"]["fused_resize-naive"], "strategy": strategy}
+        pixels = decode((TENSORFLOW / "320x180.jpg").read_bytes())
+        actual = make_processor(settings, resample="tf_lanczos3").resize(pixels)
+        bicubic = make_processor(settings).resize(pixels)
+        assert actual.shape == bicubic.shape
+        assert 0.1 < np.abs(actual.astype(int) - bicubic).mean() < 3
+
+    def test_center_crop(self, image_processor):
+        picture, expected = self.read("256x256_lanczos3"), self.read("center_crop")
+        image_processor.center_crop_area = 0.9
+        mean, std = (
+            np.array([tower[name] for tower in image_processor.tvf_normalize_params], np.float32).reshape(6, 1, 1)
+            for name in ("mean", "std")
+        )
+        values = image_processor(picture, return_tensors="np")["pixel_values"][0]
+        levels = np.rint((values * std + mean) * 255).astype(np.uint8).transpose(1, 2, 0)  # (S, S, 6)
+        assert self.count_differences(levels[..., :3], expected) <= 5
+        np.testing.assert_array_equal(levels[..., :3], levels[..., 3:])
+
+    def test_center_crop_of_the_whole_area(self, image_processor, camera_image):
+        expected = image_processor(camera_image)["pixel_values"]
+        image_processor.center_crop_area = 1
+        assert torch.equal(image_processor(camera_image)["pixel_values"], expected)
+
+    def test_training_turns_the_center_crop_off(self, image_processor, camera_image):
+        expected = image_processor(camera_image)["pixel_values"]
+        image_processor.center_crop_area = 0.9
+        assert not torch.equal(image_processor(camera_image)["pixel_values"], expected)
+        assert torch.equal(image_processor(camera_image, do_center_crop=False)["pixel_values"], expected)
+
+    @pytest.mark.parametrize("resample", ["pil_bicubic", "tf_lanczos3"])
+    @pytest.mark.parametrize("strategy", ["resize-naive", "resize-crop", "letterbox"])
+    @pytest.mark.parametrize("center_crop_area", [None, 0.9])
+    def test_resized_picture_passes(self, camera_image, resample, strategy, center_crop_area):
+        """Training resizes, augments, and then calls the processor: which must not resize again."""
+        settings = {**RECORDS["sets"]["fused_resize-naive"], "strategy": strategy}
+        processor = make_processor(settings, resample=resample, center_crop_area=center_crop_area)
+        picture = processor.resize(camera_image)
+        assert (picture.shape, picture.dtype) == ((224, 224, 3), np.uint8)
+        np.testing.assert_array_equal(processor.resize(picture), picture)
+        assert torch.equal(processor(picture)["pixel_values"], processor(camera_image)["pixel_values"])
+
+    @settings(max_examples=40, deadline=None)
+    @given(height=st.integers(8, 700), width=st.integers(8, 700), level=st.integers(0, 255))
+    def test_flat_picture_stays_flat(self, height, width, level):
+        """The weights of every output pixel add up to one, at the borders too."""
+        processor = make_processor(
+            RECORDS["sets"]["fused_resize-naive"], side=56, resample="tf_lanczos3", center_crop_area=0.9
+        )
+        picture = np.full((height, width, 3), level, np.uint8)
+        np.testing.assert_array_equal(processor.resize(picture), np.full((56, 56, 3), level))
+        values = processor(picture)["pixel_values"]
+        assert torch.equal(values, values[..., :1, :1].expand_as(values))
+
+    def test_saved_and_loaded(self, golden_image_processor, camera_image, tmp_path):
+        """The published file has neither; a saved one has both, and an override changes nothing else."""
+        assert (golden_image_processor.resample, golden_image_processor.center_crop_area) == (
+            "pil_bicubic",
+            None,
+        )
+        ours = {"resample": "tf_lanczos3", "center_crop_area": 0.9}
+        image_processor_class = type(golden_image_processor)
+        changed = image_processor_class.from_pretrained(GOLDEN / "ckpt", **ours)
+        assert changed.to_dict() == golden_image_processor.to_dict() | ours
+        changed.save_pretrained(tmp_path)
+        saved = json.loads((tmp_path / "preprocessor_config.json").read_text())
+        assert {name: saved[name] for name in ours} == ours
+        restored = image_processor_class.from_pretrained(tmp_path)
+        assert torch.equal(restored(camera_image)["pixel_values"], changed(camera_image)["pixel_values"])
+
+    def test_override_keeps_what_does_not_follow_from_it(self, tmp_path):
+        settings = {**RECORDS["sets"]["fused_resize-naive"], "strategy": "letterbox"}
+        make_processor(settings, tvf_letterbox_fill=[1, 2, 3]).save_pretrained(tmp_path)
+        restored = repository_class("OpenVLAImageProcessor").from_pretrained(tmp_path, resample="tf_lanczos3")
+        assert restored.tvf_letterbox_fill == [1, 2, 3]
+
+    def test_processor_passes_the_switch_on(self, processor, camera_image):
+        processor.image_processor.center_crop_area = 0.9
+        arguments = {"instruction": "push the cube", "images": camera_image}
+        cropped = processor(**arguments)["pixel_values"]
+        whole = processor(**arguments, do_center_crop=False)["pixel_values"]
+        processor.image_processor.center_crop_area = None
+        assert torch.equal(processor(**arguments)["pixel_values"], whole)
+        assert not torch.equal(cropped, whole)
 
 
 class TestForms:
@@ -193,6 +310,10 @@ class TestBadInput:
             ({"image_resize_strategy": "stretch"}, "'stretch'"),
             ({"use_fused_vision_backbone": True}, r"means for 1 tower\(s\)"),
             ({"interpolations": ["bilinear"]}, "bilinear"),
+            ({"resample": "lanczos"}, r"one of \['pil_bicubic', 'tf_lanczos3'\], got 'lanczos'"),
+            ({"center_crop_area": 0}, r"must lie in \(0, 1\], or be None, got 0"),
+            ({"center_crop_area": 1.5}, "got 1.5"),
+            ({"center_crop_area": float("nan")}, "got nan"),
         ],
     )
     def test_settings(self, settings, message):
