@@ -1,0 +1,1 @@
+"""Robot datasets as streams of uniform steps."""
