@@ -10,8 +10,13 @@ OPEN_WIDTH = 0.04  # of one finger, metres
 # Box that the grasp point stays in, metres in the robot's base frame.
 REACH_LOW = np.array([0.28, -0.42, 0.012])
 REACH_HIGH = np.array([0.78, 0.42, 0.50])
+REACH_RADIUS = 0.74  # about the arm's axis, metres: farther out it is stretched, and finds no way back
 # How far the commanded pose may run ahead of the measured one; farther, an obstacle would be pressed ever harder.
 MAX_LEAD = 0.05
+# How close, in metres and radians alike, the joints must come to a pose to take it on, and how far they may turn for
+# it in one action. A pose beyond that is not commanded: the arm would swing round to come as near as it can.
+TOLERANCE = 0.02
+MAX_JOINT_STEP = 1.0
 
 
 def rotation_from_vector(vector: np.ndarray) -> np.ndarray:
@@ -57,7 +62,8 @@ class HandController:
 
     def move(self, data: mujoco.MjData, translation: np.ndarray, rotation: np.ndarray, opening: float) -> None:
         """
-        Advance the commanded pose and write the actuators' targets.
+        Advance the commanded pose and write the actuators' targets. Where the joints cannot follow both, the hand is
+        moved and not turned, or stays.
 
         Args:
             data (`mujoco.MjData`): State; only its controls change.
@@ -67,16 +73,28 @@ class HandController:
         """
         measured = data.site_xpos[self.site]
         lead = np.clip(self.position + translation - measured, -MAX_LEAD, MAX_LEAD)
-        self.position = np.clip(measured + lead, REACH_LOW, REACH_HIGH)
-        self.rotation = rotation_from_rpy(rotation) @ self.rotation
-        self._solve(data)
+        position = np.clip(measured + lead, REACH_LOW, REACH_HIGH)
+        position[:2] *= min(1.0, REACH_RADIUS / np.hypot(*position[:2]))
+        self._take_on(data, position, rotation_from_rpy(rotation) @ self.rotation)
         data.ctrl[:7] = self.joints
         data.ctrl[7] = opening * OPEN_WIDTH
 
-    def _solve(self, data: mujoco.MjData, iterations: int = 10) -> None:
+    def _take_on(self, data: mujoco.MjData, position: np.ndarray, rotation: np.ndarray) -> None:
+        """Command a pose, or its position alone, or nothing new."""
+        # From a stretched arm, no small turn of any joint leads back: one that is bent towards home finds the way.
+        bent = self.joints + 0.3 * (HOME - self.joints)
+        for turned, start in ((rotation, self.joints), (self.rotation, self.joints), (self.rotation, bent)):
+            if (joints := self._solve(data, position, turned, start)) is not None:
+                self.joints, self.position, self.rotation = joints, position, turned
+                return
+
+    def _solve(
+        self, data: mujoco.MjData, position: np.ndarray, rotation: np.ndarray, start: np.ndarray, iterations: int = 10
+    ) -> np.ndarray | None:
+        """Joints (7,) for a pose, searched from a start (7,); None if there are none near the commanded ones."""
         scratch, model = self.scratch, self.model
         scratch.qpos[:] = data.qpos
-        scratch.qpos[:7] = self.joints
+        scratch.qpos[:7] = start
         jacobian = np.zeros((6, model.nv))
         for _ in range(iterations):
             mujoco.mj_kinematics(model, scratch)
@@ -84,11 +102,22 @@ class HandController:
             mujoco.mj_jacSite(model, scratch, jacobian[:3], jacobian[3:], self.site)
             turned = scratch.site_xmat[self.site].reshape(3, 3)
             error = np.concatenate(
-                [self.position - scratch.site_xpos[self.site], vector_from_rotation(self.rotation @ turned.T)]
+                [position - scratch.site_xpos[self.site], vector_from_rotation(rotation @ turned.T)]
             )
             if np.linalg.norm(error) < 1e-4:
                 break
             arm = jacobian[:, :7]
-            step = arm.T @ np.linalg.solve(arm @ arm.T + 1e-4 * np.eye(6), error)
-            scratch.qpos[:7] = np.clip(scratch.qpos[:7] + step, *self.limits)
-        self.joints = scratch.qpos[:7].copy()
+            joints = scratch.qpos[:7] + _damped_step(arm, error)
+            blocked = (joints < self.limits[0]) | (joints > self.limits[1])
+            if blocked.any():
+                # The others do what these cannot; merely clipped, a stretched arm would stay as it is.
+                joints = scratch.qpos[:7] + _damped_step(np.where(blocked, 0.0, arm), error)
+            scratch.qpos[:7] = np.clip(joints, *self.limits)
+        joints = scratch.qpos[:7].copy()
+        is_near = np.linalg.norm(error) < TOLERANCE and np.abs(joints - self.joints).max() < MAX_JOINT_STEP
+        return joints if is_near else None
+
+
+def _damped_step(jacobian: np.ndarray, error: np.ndarray) -> np.ndarray:
+    """Change of the joints (7,) that takes away an error (6,), short where the jacobian (6, 7) is singular."""
+    return jacobian.T @ np.linalg.solve(jacobian @ jacobian.T + 1e-4 * np.eye(6), error)

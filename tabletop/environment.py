@@ -6,7 +6,7 @@ import gymnasium
 import mujoco
 import numpy as np
 
-from .camera import make_camera
+from .camera import check_backend, make_camera
 from .control import HOME, OPEN_WIDTH, HandController, vector_from_rotation
 from .scene import COLORS, SHAPES, build_model, lay_out, randomize_appearance
 from .tasks import SIDES, TASKS, WORDINGS, Goal
@@ -18,6 +18,7 @@ MAX_TRANSLATION = 0.04  # metres per action and axis
 MAX_ROTATION = 0.25  # radians per action and axis
 MAX_STEPS = 120
 NUM_OBJECTS = 4
+CAMERAS = {"image": "front", "wrist_image": "wrist"}  # the observation's names and the scene's
 
 
 class TabletopEnv(gymnasium.Env):
@@ -32,7 +33,8 @@ class TabletopEnv(gymnasium.Env):
 
     Action (float32, (7,)): displacement of the grasp point x, y, z in metres, at most 0.04 per axis; roll, pitch, yaw
         in radians, at most 0.25, about the axes of the base frame; gripper from 0 (closed) to 1 (open), above 0.5
-        opens. Base frame: x forward, y to the robot's left, z up. One action lasts 0.1 s.
+        opens. Base frame: x forward, y to the robot's left, z up. One action lasts 0.1 s. A hand that the joints do
+        not let turn on moves without turning, and one that they do not let move either stays.
 
     Reward: 1 in the step that succeeds, else 0. `info["outcome"]` is None, `success`, `wrong_object`, `dropped` or
     `timeout`.
@@ -41,36 +43,43 @@ class TabletopEnv(gymnasium.Env):
         tasks (`tuple[str]`): Tasks to draw from.
         image_size (`int`, defaults to 224): Side of the pictures in pixels.
         backend (`str`, defaults to `"raycast"`): Renderer; see [`make_camera`].
-        render_observations (`bool`, defaults to `True`): Without, both pictures are black, and steps cost a tenth.
+        cameras (`tuple[str]`, defaults to `("image", "wrist_image")`): Pictures to render; the others stay black.
+            Without any, steps cost a tenth.
         max_steps (`int`, defaults to 120): Actions before `timeout`.
         objects (`list[str]`, *optional*): Names to draw the target from, such as `red cube`. Default: all.
         randomize (`bool`, defaults to `False`): Vary cameras, light and colours from episode to episode.
+        render_mode (`str`, defaults to `"rgb_array"`): The only one there is.
+
+    Raises:
+        ValueError: If a value is out of range or unknown.
+        RuntimeError: If the renderer's library was not asked for when Python started.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": CONTROL_RATE}
-    render_mode = "rgb_array"
 
     def __init__(
         self,
         tasks: tuple[str, ...] = TASKS,
         image_size: int = 224,
         backend: str = "raycast",
-        render_observations: bool = True,
+        cameras: tuple[str, ...] = tuple(CAMERAS),
         max_steps: int = MAX_STEPS,
         objects: list[str] | None = None,
         randomize: bool = False,
+        render_mode: str | None = "rgb_array",
     ):
-        if unknown := set(tasks) - set(TASKS):
-            raise ValueError(f"Tasks {sorted(unknown)} are unknown; known: {list(TASKS)}.")
-        self.tasks = tuple(tasks)
-        self.image_size, self.backend = image_size, backend
-        self.render_observations = render_observations
-        self.max_steps = max_steps
-        known = self._all_names()
-        if unknown := set(objects or []) - set(known):
-            raise ValueError(f"Objects {sorted(unknown)} are unknown; known: {known}.")
-        self.object_names = objects or known
-        self.randomize = randomize
+        self.tasks = _checked("tasks", tasks, TASKS)
+        self.cameras = _checked("cameras", cameras, tuple(CAMERAS), least=0)
+        names = self._all_names()
+        self.object_names = list(_checked("objects", names if objects is None else objects, tuple(names)))
+        for name, value in (("image_size", image_size), ("max_steps", max_steps)):
+            if value < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value}.")
+        if render_mode not in (None, *self.metadata["render_modes"]):
+            raise ValueError(f"`render_mode` must be one of {self.metadata['render_modes']}, got {render_mode!r}.")
+        check_backend(backend)
+        self.image_size, self.max_steps, self.backend = image_size, max_steps, backend
+        self.randomize, self.render_mode = randomize, render_mode
         picture = gymnasium.spaces.Box(0, 255, (image_size, image_size, 3), np.uint8)
         self.observation_space = gymnasium.spaces.Dict(
             {
@@ -91,19 +100,28 @@ class TabletopEnv(gymnasium.Env):
 
         Args:
             seed (`int`, *optional*): Of the scene and the task.
-            options (`dict`, *optional*): `task`, `target` (such as `red cube`), `side`, and `wording` (an index) fix
-                what is otherwise drawn.
+            options (`dict`, *optional*): `task`, `target` (such as `red cube`), `side` (`left` or `right`), and
+                `wording` (an index) fix what is otherwise drawn.
+
+        Raises:
+            ValueError: If an option or its value is unknown.
         """
         super().reset(seed=seed)
         options = options or {}
+        if unknown := set(options) - set(_OPTIONS):
+            raise ValueError(f"Options {sorted(unknown)} are unknown; known: {list(_OPTIONS)}.")
         task = options.get("task") or str(self.np_random.choice(self.tasks))
         if task not in TASKS:
             raise ValueError(f"`task={task!r}` is unknown; known: {list(TASKS)}.")
-        target = options.get("target") or str(self.np_random.choice(self.object_names))
+        target = options.get("target") or self._draw_target(task)
         if target not in self._all_names():
             raise ValueError(f"`target={target!r}` is unknown; known: {self._all_names()}.")
         side = options.get("side") or str(self.np_random.choice(list(SIDES)))
+        if side not in SIDES:
+            raise ValueError(f"`side={side!r}` is unknown; known: {list(SIDES)}.")
         wording = options.get("wording", int(self.np_random.integers(len(WORDINGS[task]))))
+        if wording not in range(len(WORDINGS[task])):
+            raise ValueError(f"`wording` of {task!r} must be from 0 to {len(WORDINGS[task]) - 1}, got {wording}.")
         others = [name for name in self._all_names() if name != target]
         distractors = self.np_random.choice(others, size=NUM_OBJECTS - 1, replace=False).tolist()
         self.objects, bowl = lay_out([target, *distractors], self.np_random, SIDES[side] if task == "push" else 0.0)
@@ -115,7 +133,18 @@ class TabletopEnv(gymnasium.Env):
         return self._observe(), {"task": task, "target": target, "outcome": None}
 
     def step(self, action: np.ndarray) -> tuple[dict, float, bool, bool, dict]:
+        """
+        Act for 0.1 s.
+
+        Args:
+            action (`np.ndarray`): (7,), as the class describes it; what is beyond its limits is cut.
+
+        Raises:
+            ValueError: If it has another shape or is not finite.
+            RuntimeError: If no episode has been set up.
+        """
         action = self._check_action(action)
+        self._check_scene()
         opening = 1.0 if action[6] > 0.5 else 0.0
         self.controller.move(self.data, action[:3], action[3:6], opening)
         mujoco.mj_step(self.model, self.data, nstep=SUBSTEPS)
@@ -127,6 +156,7 @@ class TabletopEnv(gymnasium.Env):
 
     def render(self) -> np.ndarray:
         """uint8 (S, S, 3) of the front camera."""
+        self._check_scene()
         return self.camera.render(self.data, "front")
 
     def close(self) -> None:
@@ -140,9 +170,18 @@ class TabletopEnv(gymnasium.Env):
         target = self.model.geom(name).id
         return any(target in pair and pads & set(pair) for pair in self.data.contact.geom.tolist())
 
+    def _draw_target(self, task: str) -> str:
+        # One for each task, so that a seed does not name the same object in all of them.
+        drawn = self.np_random.choice(self.object_names, size=len(TASKS))
+        return str(drawn[TASKS.index(task)])
+
     @staticmethod
     def _all_names() -> list[str]:
         return [f"{color} {shape}" for color in COLORS for shape in SHAPES]
+
+    def _check_scene(self) -> None:
+        if self.camera is None:
+            raise RuntimeError("There is no scene: call `reset` first, and again after `close`.")
 
     def _check_action(self, action: np.ndarray) -> np.ndarray:
         action = np.asarray(action, dtype=np.float64)
@@ -167,12 +206,11 @@ class TabletopEnv(gymnasium.Env):
         self.camera = make_camera(self.model, self.image_size, self.backend)
 
     def _observe(self) -> dict[str, Any]:
-        pictures = {"image": "front", "wrist_image": "wrist"}
         shape = (self.image_size, self.image_size, 3)
         return {
             **{
-                key: self.camera.render(self.data, name) if self.render_observations else np.zeros(shape, np.uint8)
-                for key, name in pictures.items()
+                key: self.camera.render(self.data, name) if key in self.cameras else np.zeros(shape, np.uint8)
+                for key, name in CAMERAS.items()
             },
             "state": self._state(),
             "instruction": self.instruction,
@@ -185,4 +223,14 @@ class TabletopEnv(gymnasium.Env):
         return np.concatenate([site.xpos, turned, self.data.qpos[7:9]]).astype(np.float32)
 
 
+def _checked(name: str, values: tuple[str, ...], known: tuple[str, ...], least: int = 1) -> tuple[str, ...]:
+    """The values; `ValueError` if there are too few, one is unknown, or they are one text."""
+    if isinstance(values, str) or len(values) < least:
+        raise ValueError(f"`{name}` must be a sequence with at least {least} of {list(known)}, got {values!r}.")
+    if unknown := set(values) - set(known):
+        raise ValueError(f"{name.capitalize()} {sorted(unknown)} are unknown; known: {list(known)}.")
+    return tuple(values)
+
+
 _CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyz ")
+_OPTIONS = ("task", "target", "side", "wording")

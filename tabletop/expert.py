@@ -10,11 +10,18 @@ from .tasks import SIDES
 
 HOVER = 0.10  # above the table, metres
 GRASP_TOLERANCE = 0.014
+CLEAR = np.array([0.5, 0.0, 0.2])  # where a hand can turn freely, metres
+# Radians from straight down that are left alone: demonstrations turn about the vertical alone.
+TILT_TOLERANCE = 0.12
+# Radians about the vertical, from the start, that the last joint allows wherever the hand is.
+MAX_YAW = 1.8
 
 
 class Expert:
     """
-    Acts on the state of the physics alone, so that it can label any state that a learner visits.
+    Acts on the state of the physics alone, so that it can label the states that a learner visits: it rights a tilted
+    hand and comes back from the ends of the arm's reach. It finds no way out where several joints have been wound up
+    to their ends, or where the bowl is between the fingers and the target.
 
     There is no phase to remember. The one hysteresis is in the state itself: a hand that has closed around the target
     stays closed and goes on, within a tolerance wider than the one it closed at.
@@ -51,10 +58,14 @@ class Expert:
 
     def action(self) -> np.ndarray:
         """float32 (7,), as [`TabletopEnv`] takes it."""
-        task = self.env.goal.task
-        move, yaw, opening = self._push() if task == "push" else self._grasp(task)
+        task, upright = self.env.goal.task, self._upright_error()
+        if upright.any() and not self._is_gripped():
+            # Away from the objects, which a tilted hand would knock over, and from the ends of the arm's reach.
+            move, yaw, opening = CLEAR - self.env.data.site("grasp").xpos, 0.0, 1.0
+        else:
+            move, yaw, opening = self._push() if task == "push" else self._grasp(task)
         translation = np.clip(move, -MAX_TRANSLATION, MAX_TRANSLATION)
-        rotation = np.array([0.0, 0.0, np.clip(yaw, -MAX_ROTATION, MAX_ROTATION)])
+        rotation = np.clip([*upright, yaw], -MAX_ROTATION, MAX_ROTATION)
         return np.concatenate([translation, rotation, [opening]]).astype(np.float32)
 
     def _grasp(self, task: str) -> tuple[np.ndarray, float, float]:
@@ -121,10 +132,21 @@ class Expert:
         if shape in ("cylinder", "ball"):
             return 0.0
         period = np.pi if shape == "brick" else np.pi / 2
-        hand = env.data.site("grasp").xmat.reshape(3, 3)[:, 1]
+        hand = env.data.site("grasp").xmat.reshape(3, 3)
         across = env.data.body(env.goal.target).xmat.reshape(3, 3)[:, 1]
-        error = np.arctan2(across[1], across[0]) - np.arctan2(hand[1], hand[0])
-        return float((error + period / 2) % period - period / 2)
+        error = np.arctan2(across[1], across[0]) - np.arctan2(hand[1, 1], hand[0, 1])
+        error = float((error + period / 2) % period - period / 2)
+        turned = np.arctan2(hand[1, 0], hand[0, 0])
+        return error if abs(turned + error) < MAX_YAW else error - float(np.copysign(period, turned))
+
+    def _upright_error(self) -> np.ndarray:
+        """Roll and pitch (2,), in radians, after which the hand points straight down; zero where it nearly does."""
+        x, y, z = self.env.data.site("grasp").xmat.reshape(3, 3)[:, 2]
+        sideways = np.hypot(x, y)
+        tilt = np.arctan2(sideways, -z)
+        if tilt < TILT_TOLERANCE:
+            return np.zeros(2)
+        return tilt * np.array([-y, x]) / sideways if sideways > 1e-6 else np.array([tilt, 0.0])
 
     def _half_width(self) -> float:
         """Extent of the target along y, in metres."""

@@ -1,11 +1,10 @@
 """
-Records demonstrations of the expert as a LeRobot v3.0 dataset, with the pictures inside the parquet files.
+Records demonstrations of the expert as a LeRobot v3.0 dataset, with pictures as PNG or, with `--video`, as MP4.
 
     python -m tabletop.record --episodes 100 --output demonstrations --num_workers 2
 """
 
 import argparse
-import io
 import itertools
 import json
 import multiprocessing
@@ -17,41 +16,21 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import av
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-from PIL import Image
 from tqdm import tqdm
 
-from .environment import CONTROL_RATE, TabletopEnv
+from .environment import TabletopEnv
 from .expert import Expert
+from .lerobot_writer import VIDEO_ENCODER, assemble, write_episode
 from .scene import COLORS, SHAPES
 from .tasks import SIDES, TASKS, WORDINGS
 
-
-CAMERAS = {"observation.images.front": "image", "observation.images.wrist": "wrist_image"}
-VECTORS = {
-    "observation.state": ("x", "y", "z", "rx", "ry", "rz", "left_finger", "right_finger"),
-    "action": ("x", "y", "z", "roll", "pitch", "yaw", "gripper"),
-}
-INDICES = ("frame_index", "episode_index", "index", "task_index")
-QUANTILES = {"q01": 0.01, "q10": 0.10, "q50": 0.50, "q90": 0.90, "q99": 0.99}
 
 NOOP_THRESHOLD = 1e-4
 MIN_NOISE = 0.01
 MAX_DRAWS = 100
 MAX_ATTEMPTS = 100
-CHUNK_SIZE = 1000  # files per folder
-DATA_FILE_MB, VIDEO_FILE_MB = 100, 200
-_PATH = "chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
-
-_PICTURE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-_EPISODE_SCHEMA = pa.schema(
-    [
-        *((key, _PICTURE) for key in CAMERAS),
-        *((key, pa.list_(pa.float32(), len(names))) for key, names in VECTORS.items()),
-    ]
-)
 
 
 @dataclass(frozen=True)
@@ -67,9 +46,12 @@ class Recording:
         noise (`float`, defaults to 0.3): Of the expert; see [`Expert.noisy_action`].
         hold_out (`tuple[str]`): Colours, shapes or objects (`red cube`) that are never the target.
         randomize (`bool`, defaults to `False`): Vary cameras, light and colours from episode to episode.
+        video (`bool`, defaults to `False`): Keep the pictures as H.264 videos, which are smaller and not exact; else
+            as PNG.
 
     Raises:
-        ValueError: If a value is out of range or unknown, or nothing is left to handle.
+        ValueError: If a value is out of range or unknown, nothing is left to handle, or no videos of this size can be
+            encoded.
     """
 
     episodes: int
@@ -79,6 +61,7 @@ class Recording:
     noise: float = 0.3
     hold_out: tuple[str, ...] = ()
     randomize: bool = False
+    video: bool = False
 
     def __post_init__(self):
         for name, least in (("episodes", 1), ("seed", 0), ("image_size", 1)):
@@ -91,6 +74,10 @@ class Recording:
             raise ValueError(f"`noise` must be at least {MIN_NOISE}, got {self.noise}.")
         if not self.targets():
             raise ValueError(f"Holding out {list(self.hold_out)} leaves no object to handle.")
+        if self.video and self.image_size % 2:
+            raise ValueError(f"`image_size` must be even for videos, got {self.image_size}.")
+        if self.video and VIDEO_ENCODER not in av.codecs_available:
+            raise ValueError(f"This PyAV lacks the encoder {VIDEO_ENCODER}, which its wheels have: pip install av.")
 
     def targets(self) -> list[str]:
         """Names of the objects that are not held out."""
@@ -185,278 +172,7 @@ def record_episode(recording: Recording, episode: int, path: Path) -> None:
         "length": len(frames),
         **start,
     }
-    _write_episode(path, frames, story)
-
-
-def _write_episode(path: Path, frames: list[dict], story: dict) -> None:
-    columns = {
-        key: [{"bytes": _encode(frame[name]), "path": f"frame-{index:06d}.png"} for index, frame in enumerate(frames)]
-        for key, name in CAMERAS.items()
-    }
-    columns["observation.state"] = [frame["state"] for frame in frames]
-    columns["action"] = [frame["action"] for frame in frames]
-    histograms = {key: _histogram(frame[name] for frame in frames).tolist() for key, name in CAMERAS.items()}
-    notes = {"story": json.dumps(story), "histograms": json.dumps(histograms)}
-    table = pa.table(columns, schema=_EPISODE_SCHEMA.with_metadata(notes))
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    pq.write_table(table, partial)
-    os.replace(partial, path)
-
-
-def _encode(picture: np.ndarray) -> bytes:
-    """PNG of a uint8 picture (S, S, 3)."""
-    file = io.BytesIO()
-    Image.fromarray(picture).save(file, "PNG", compress_level=1)
-    return file.getvalue()
-
-
-def _histogram(pictures: Iterator[np.ndarray]) -> np.ndarray:
-    """Pixels of each channel and level, (3, 256), of uint8 pictures (S, S, 3)."""
-    return sum(
-        np.stack([np.bincount(picture[..., channel].reshape(-1), minlength=256) for channel in range(3)])
-        for picture in pictures
-    )
-
-
-# Statistics
-
-
-def vector_statistics(values: np.ndarray) -> dict[str, list]:
-    """LeRobot's statistics of numbers (N,) or (N, D), exact, each a list of D (`count`: of one)."""
-    values = values.reshape(len(values), -1)  # (N, D)
-    wide = values.astype(np.float64)
-    quantiles = np.quantile(wide, list(QUANTILES.values()), axis=0)  # (5, D)
-    return {
-        "min": values.min(axis=0).tolist(),
-        "max": values.max(axis=0).tolist(),
-        "mean": wide.mean(axis=0).tolist(),
-        "std": wide.std(axis=0).tolist(),
-        "count": [len(values)],
-        **dict(zip(QUANTILES, quantiles.tolist(), strict=True)),
-    }
-
-
-def image_statistics(histogram: np.ndarray, frames: int) -> dict[str, list]:
-    """
-    LeRobot's statistics of pictures with values in [0, 1], exact over all pixels.
-
-    Args:
-        histogram (`np.ndarray`): (3, 256), pixels of each channel and level.
-        frames (`int`): Number of pictures, which is LeRobot's `count`.
-
-    Returns:
-        `dict[str, list]`: Each statistic nested as (3, 1, 1), `count` as (1,).
-    """
-    levels = np.arange(256) / 255
-    total = histogram[0].sum()
-    mean = histogram @ levels / total  # (3,)
-    spread = np.sqrt((histogram * (levels - mean[:, None]) ** 2).sum(axis=1) / total)
-    present = histogram > 0
-    moments = {
-        "min": levels[present.argmax(axis=1)],
-        "max": levels[255 - present[:, ::-1].argmax(axis=1)],
-        "mean": mean,
-        "std": spread,
-    }
-    quantiles = {name: _histogram_quantile(histogram, quantile) for name, quantile in QUANTILES.items()}
-    return {
-        **{name: value.reshape(3, 1, 1).tolist() for name, value in moments.items()},
-        "count": [frames],
-        **{name: value.reshape(3, 1, 1).tolist() for name, value in quantiles.items()},
-    }
-
-
-def _histogram_quantile(histogram: np.ndarray, quantile: float) -> np.ndarray:
-    """What `np.quantile` gives for the pixels behind a histogram (3, 256), in [0, 1], (3,)."""
-    cumulative = histogram.cumsum(axis=1)
-    rank = quantile * (cumulative[0, -1] - 1)
-    below, above = (
-        np.array([np.searchsorted(row, at, side="right") for row in cumulative])
-        for at in (int(np.floor(rank)), int(np.ceil(rank)))
-    )
-    return (below + (above - below) * (rank - np.floor(rank))) / 255
-
-
-# The dataset
-
-
-@dataclass
-class _Episode:
-    """One finished episode with its place in the dataset."""
-
-    table: pa.Table
-    story: dict
-    histograms: dict[str, np.ndarray]
-    numbers: dict[str, np.ndarray]
-    row: dict
-
-    def statistics(self) -> dict[str, dict]:
-        return _statistics(self.histograms, self.numbers)
-
-
-def _statistics(histograms: dict[str, np.ndarray], numbers: dict[str, np.ndarray]) -> dict[str, dict]:
-    count = len(numbers["index"])
-    return {
-        **{key: image_statistics(histogram, count) for key, histogram in histograms.items()},
-        **{key: vector_statistics(values) for key, values in numbers.items()},
-    }
-
-
-def _load_episode(path: Path, first: int, tasks: dict[str, int]) -> _Episode:
-    """
-    Read an episode from the staging folder and number its frames.
-
-    Args:
-        path (`Path`): Its file.
-        first (`int`): `index` of its first frame.
-        tasks (`dict[str, int]`): Tasks seen so far; a new one is added.
-    """
-    table = pq.read_table(path)
-    story = json.loads(table.schema.metadata[b"story"])
-    count = len(table)
-    task = tasks.setdefault(story["instruction"], len(tasks))
-    numbers = {
-        **{key: table[key].combine_chunks().flatten().to_numpy().reshape(count, -1) for key in VECTORS},
-        "timestamp": (np.arange(count) / CONTROL_RATE).astype(np.float32),
-        "frame_index": np.arange(count),
-        "episode_index": np.full(count, story["episode_index"]),
-        "index": np.arange(first, first + count),
-        "task_index": np.full(count, task),
-    }
-    for key in ("timestamp", *INDICES):
-        table = table.append_column(key, pa.array(numbers[key]))
-    histograms = {key: np.array(value) for key, value in json.loads(table.schema.metadata[b"histograms"]).items()}
-    row = {"episode_index": story["episode_index"], "tasks": [story["instruction"]], "length": count}
-    table = table.replace_schema_metadata(_huggingface_metadata())
-    return _Episode(table, story, histograms, numbers, row)
-
-
-class _DataFiles:
-    """Writes episodes, one row group each, to files of at most about 100 MB."""
-
-    def __init__(self, folder: Path):
-        self.folder, self.writer, self.number, self.size = folder, None, -1, 0
-
-    def write(self, table: pa.Table, size: int) -> dict[str, int]:
-        """Append an episode of `size` bytes; where it lies."""
-        if self.writer is None or self.size + size > DATA_FILE_MB * 2**20:
-            self.close()
-            self.number, self.size = self.number + 1, 0
-            path = self.folder / _PATH.format(**self._place())
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self.writer = pq.ParquetWriter(path, table.schema)
-        self.writer.write_table(table, row_group_size=len(table))
-        self.size += size
-        return {f"data/{name}": value for name, value in self._place().items()}
-
-    def close(self) -> None:
-        if self.writer is not None:
-            self.writer.close()
-
-    def _place(self) -> dict[str, int]:
-        return {"chunk_index": self.number // CHUNK_SIZE, "file_index": self.number % CHUNK_SIZE}
-
-
-def assemble(recording: Recording, staging: Path, folder: Path) -> None:
-    """Write the dataset from its finished episodes."""
-    files, tasks, rows, stories, first = _DataFiles(folder / "data"), {}, [], [], 0
-    histograms, numbers = dict.fromkeys(CAMERAS, 0), {}
-    for path in (_episode_path(staging, index) for index in range(recording.episodes)):
-        episode = _load_episode(path, first, tasks)
-        place = files.write(episode.table, path.stat().st_size)
-        rows.append(_episode_row(episode, place, first))
-        stories.append(json.dumps(episode.story) + "\n")
-        first += len(episode.table)
-        histograms = {key: value + episode.histograms[key] for key, value in histograms.items()}
-        for key, value in episode.numbers.items():
-            numbers.setdefault(key, []).append(value)
-    files.close()
-    statistics = _statistics(histograms, {key: np.concatenate(values) for key, values in numbers.items()})
-    meta = folder / "meta"
-    _write_rows(rows, meta / "episodes" / _PATH.format(chunk_index=0, file_index=0))
-    _write_tasks(tasks, meta / "tasks.parquet")
-    (meta / "tabletop.jsonl").write_text("".join(stories), encoding="utf-8")
-    (meta / "stats.json").write_text(json.dumps(statistics, indent=4), encoding="utf-8")
-    (meta / "info.json").write_text(json.dumps(_info(recording, first, len(tasks)), indent=4), encoding="utf-8")
-
-
-def _episode_row(episode: _Episode, place: dict[str, int], first: int) -> dict:
-    statistics = episode.statistics()
-    return {
-        **episode.row,
-        **place,
-        "dataset_from_index": first,
-        "dataset_to_index": first + len(episode.table),
-        **{f"stats/{key}/{name}": value for key, stats in statistics.items() for name, value in stats.items()},
-        "meta/episodes/chunk_index": 0,
-        "meta/episodes/file_index": 0,
-    }
-
-
-def _write_rows(rows: list[dict], path: Path) -> None:
-    path.parent.mkdir(parents=True)
-    pq.write_table(pa.Table.from_pylist(rows), path)
-
-
-def _write_tasks(tasks: dict[str, int], path: Path) -> None:
-    """The tasks as pandas stores a frame whose index is the text."""
-    column = {"metadata": None, "numpy_type": "int64", "pandas_type": "int64"}
-    text = {"metadata": None, "numpy_type": "str", "pandas_type": "object"}
-    axis = {"metadata": {"encoding": "UTF-8"}, "numpy_type": "str", "pandas_type": "unicode"}
-    pandas = {
-        "index_columns": ["__index_level_0__"],
-        "column_indexes": [{"name": None, "field_name": None, **axis}],
-        "columns": [
-            {"name": "task_index", "field_name": "task_index", **column},
-            {"name": None, "field_name": "__index_level_0__", **text},
-        ],
-        "attributes": {},
-        "creator": {"library": "pyarrow", "version": pa.__version__},
-        "pandas_version": "3.1.1",
-    }
-    schema = pa.schema([("task_index", pa.int64()), ("__index_level_0__", pa.large_string())])
-    values = {"task_index": list(tasks.values()), "__index_level_0__": list(tasks)}
-    pq.write_table(pa.table(values, schema=schema.with_metadata({"pandas": json.dumps(pandas)})), path)
-
-
-def _info(recording: Recording, frames: int, tasks: int) -> dict:
-    """`meta/info.json`."""
-    shape = [recording.image_size, recording.image_size, 3]
-    return {
-        "codebase_version": "v3.0",
-        "robot_type": "tabletop",
-        "total_episodes": recording.episodes,
-        "total_frames": frames,
-        "total_tasks": tasks,
-        "chunks_size": CHUNK_SIZE,
-        "data_files_size_in_mb": DATA_FILE_MB,
-        "video_files_size_in_mb": VIDEO_FILE_MB,
-        "fps": CONTROL_RATE,
-        "splits": {"train": f"0:{recording.episodes}"},
-        "data_path": f"data/{_PATH}",
-        "video_path": None,
-        "features": {
-            **{key: {"dtype": "image", "shape": shape, "names": ["height", "width", "channels"]} for key in CAMERAS},
-            **{
-                key: {"dtype": "float32", "shape": [len(names)], "names": list(names)}
-                for key, names in VECTORS.items()
-            },
-            "timestamp": {"dtype": "float32", "shape": [1], "names": None},
-            **{key: {"dtype": "int64", "shape": [1], "names": None} for key in INDICES},
-        },
-    }
-
-
-def _huggingface_metadata() -> dict[str, str]:
-    """What tells the library `datasets` the types of the columns."""
-    number = {"dtype": "float32", "_type": "Value"}
-    features = {
-        **{key: {"_type": "Image"} for key in CAMERAS},
-        **{key: {"feature": number, "length": len(names), "_type": "List"} for key, names in VECTORS.items()},
-        "timestamp": number,
-        **{key: {"dtype": "int64", "_type": "Value"} for key in INDICES},
-    }
-    return {"huggingface": json.dumps({"info": {"features": features}})}
+    write_episode(path, frames, story, recording.video)
 
 
 # The whole recording
@@ -495,7 +211,8 @@ def record(recording: Recording, output: str | Path, num_workers: int = 1) -> Pa
         _write_text(staging / "arguments.json", json.dumps(asdict(recording)))
     _record_episodes(recording, staging, num_workers)
     shutil.rmtree(folder, ignore_errors=True)
-    assemble(recording, staging, folder)
+    paths = [_episode_path(staging, index) for index in range(recording.episodes)]
+    assemble(paths, folder, recording.image_size, recording.video)
     os.rename(folder, output)
     shutil.rmtree(staging)
     return output
@@ -577,6 +294,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="colours, shapes or objects that are never the target: red, ball, 'blue cube'",
     )
     parser.add_argument("--randomize", action="store_true", help="vary cameras, light and colours")
+    parser.add_argument("--video", action="store_true", help="pictures as MP4 (H.264) instead of PNG")
     parsed = parser.parse_args(arguments)
     parsed.error = parser.error
     return parsed
@@ -593,6 +311,7 @@ def main(arguments: list[str] | None = None) -> None:
             noise=parsed.noise,
             hold_out=tuple(parsed.hold_out),
             randomize=parsed.randomize,
+            video=parsed.video,
         )
         output = record(recording, parsed.output, parsed.num_workers)
     except (ValueError, FileExistsError) as error:

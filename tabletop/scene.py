@@ -6,6 +6,8 @@ from pathlib import Path
 import mujoco
 import numpy as np
 
+from .control import REACH_HIGH, REACH_LOW, REACH_RADIUS, rotation_from_vector
+
 
 COLORS = {
     "red": (0.85, 0.10, 0.10),
@@ -133,8 +135,11 @@ def build_model(objects: list[TableObject], bowl: tuple[float, float] | None) ->
         bowl (`tuple[float, float]`, *optional*): x and y of the bowl's centre.
 
     Raises:
-        ValueError: If two objects have the same colour and shape, or a colour or shape is unknown.
+        ValueError: If two objects have the same colour and shape, a colour or shape is unknown, or something lies
+            where the arm does not reach.
     """
+    for name, place in [*((item.name, item.position) for item in objects), *([("bowl", bowl)] if bowl else [])]:
+        _check_reach(name, place)
     names = [item.name for item in objects]
     if len(set(names)) < len(names):
         raise ValueError(f"Two objects on the table are alike: {names}.")
@@ -144,6 +149,15 @@ def build_model(objects: list[TableObject], bowl: tuple[float, float] | None) ->
     if bowl is not None:
         _add_bowl(spec, bowl)
     return spec.compile()
+
+
+def _check_reach(name: str, place: tuple[float, float]) -> None:
+    inside = (REACH_LOW[:2] <= place).all() and (place <= REACH_HIGH[:2]).all()
+    if not (inside and np.hypot(*place) <= REACH_RADIUS):
+        raise ValueError(
+            f"The {name} at {place} is out of reach: x must be from {REACH_LOW[0]} to {REACH_HIGH[0]} m, y from "
+            f"{REACH_LOW[1]} to {REACH_HIGH[1]} m, and the distance from the arm at most {REACH_RADIUS} m."
+        )
 
 
 def _add_object(spec: mujoco.MjSpec, item: TableObject) -> None:
@@ -193,12 +207,23 @@ def _add_bowl(spec: mujoco.MjSpec, position: tuple[float, float]) -> None:
 
 
 def randomize_appearance(model: mujoco.MjModel, rng: np.random.Generator) -> None:
-    """Move cameras and lamp a little, and change brightness and tint of everything, in place."""
+    """Move and turn cameras and lamp a little, and change brightness and tint of everything, in place."""
     # The wrist camera is mounted on the hand, and shifts by millimetres.
-    for name, shift in (("front", 0.03), ("wrist", 0.004)):
-        model.cam_pos[model.camera(name).id] += rng.uniform(-shift, shift, 3)
+    for name, shift, turn in (("front", 0.03, 0.03), ("wrist", 0.004, 0.02)):  # metres, radians
+        camera = model.camera(name).id
+        model.cam_pos[camera] += rng.uniform(-shift, shift, 3)
+        _turn_camera(model, camera, rng.uniform(-turn, turn, 3))
     model.light_pos += rng.uniform(-0.4, 0.4, model.light_pos.shape)
+    model.light_diffuse *= rng.uniform(0.8, 1.2)
     tint = rng.uniform(0.8, 1.15, (model.ngeom, 1)) * rng.uniform(0.93, 1.07, (model.ngeom, 3))
     model.geom_rgba[:, :3] = np.clip(model.geom_rgba[:, :3] * tint, 0.0, 1.0)
     table = model.geom("table").id
     model.geom_rgba[table, :3] = rng.uniform([0.45, 0.4, 0.3], [0.85, 0.75, 0.65])
+
+
+def _turn_camera(model: mujoco.MjModel, camera: int, vector: np.ndarray) -> None:
+    """By a rotation vector (3,) in radians, about the camera's own axes."""
+    turn, turned = np.empty(4), np.empty(4)
+    mujoco.mju_mat2Quat(turn, rotation_from_vector(vector).reshape(9))
+    mujoco.mju_mulQuat(turned, model.cam_quat[camera], turn)
+    model.cam_quat[camera] = turned

@@ -82,7 +82,7 @@ class Goal:
 
     def _is_reached(self, data: mujoco.MjData, position: np.ndarray, is_held: bool) -> bool:
         if self.task == "pick":
-            return bool(position[2] > LIFT_HEIGHT)
+            return bool(position[2] > LIFT_HEIGHT and is_held)
         if self.task == "put_in_bowl":
             from_bowl = np.linalg.norm(position[:2] - data.body("bowl").xpos[:2])
             return bool(from_bowl < BOWL_RADIUS and position[2] < BOWL_HEIGHT + 0.02 and not is_held)

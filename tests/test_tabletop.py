@@ -15,7 +15,7 @@ from tabletop.camera import make_camera
 from tabletop.environment import MAX_ROTATION, MAX_TRANSLATION, TabletopEnv
 from tabletop.expert import Expert
 from tabletop.scene import COLORS, SHAPES, TableObject, build_model, lay_out
-from tabletop.tasks import TASKS, WORDINGS
+from tabletop.tasks import LIFT_HEIGHT, TASKS, WORDINGS
 
 
 COMPARE_RENDERERS = """
@@ -24,7 +24,7 @@ import numpy as np
 from tabletop.camera import make_camera
 from tabletop.environment import TabletopEnv
 
-env = TabletopEnv(render_observations=False)
+env = TabletopEnv(cameras=())
 for seed in range(3):
     env.reset(seed=seed)
     other = make_camera(env.model, 224, sys.argv[1])
@@ -33,11 +33,26 @@ for seed in range(3):
         print(np.abs(ours - other.render(env.data, name)).mean())
     other.close()
 """
+WITHOUT_GRAPHICS = """
+import ctypes
+import ctypes.util
+
+ctypes.util.find_library = lambda name: None
+opens = ctypes.CDLL.__init__
+
+def refuse(self, name, *arguments, **options):
+    if any(library in str(name) for library in ("OSMesa", "libEGL", "libGL.", "libOpenGL")):
+        raise OSError("cannot open shared object file")
+    opens(self, name, *arguments, **options)
+
+ctypes.CDLL.__init__ = refuse
+import tabletop.environment
+"""
 STILL = np.array([0, 0, 0, 0, 0, 0, 1], dtype=np.float32)
 
 
 def make_env(**kwargs) -> TabletopEnv:
-    return TabletopEnv(**{"image_size": 32, "render_observations": False, **kwargs})
+    return TabletopEnv(**{"image_size": 32, "cameras": (), **kwargs})
 
 
 def run_expert(env: TabletopEnv, seed: int, noise_seed: int | None = None) -> str:
@@ -53,14 +68,15 @@ def run_expert(env: TabletopEnv, seed: int, noise_seed: int | None = None) -> st
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_gymnasium_accepts_it():
-    check_env(make_env(render_observations=True), skip_render_check=True)
-    env = gymnasium.make("tabletop:Tabletop-v0", image_size=32)
+    env = gymnasium.make("tabletop:Tabletop-v0", image_size=32, render_mode="rgb_array")
+    check_env(env.unwrapped)
     observation, _ = env.reset(seed=0)
     assert env.observation_space.contains(observation)
+    np.testing.assert_array_equal(env.render(), observation["image"])
 
 
 def test_bit_reproducible():
-    first, second = (make_env(render_observations=True, randomize=True) for _ in range(2))
+    first, second = (make_env(cameras=("image", "wrist_image"), randomize=True) for _ in range(2))
     for env in (first, second):
         env.reset(seed=11)
     actions = np.random.default_rng(0).uniform(-1, 1, (15, 7)) * first.action_space.high
@@ -118,6 +134,45 @@ class TestActions:
         twin.step(np.array([MAX_TRANSLATION] * 3 + [0, 0, MAX_ROTATION, 1]))
         np.testing.assert_array_equal(env.data.qpos, twin.data.qpos)
 
+    @pytest.mark.parametrize("sign", [-1, 1])
+    def test_a_hand_stops_where_a_joint_ends(self, env, sign):
+        """It stays in its place however long it is asked to turn on, and comes back at once."""
+        site, start = env.data.site("grasp"), env.data.site("grasp").xpos.copy()
+        forth, back = STILL.copy(), STILL.copy()
+        forth[5], back[5] = sign * MAX_ROTATION, -sign * MAX_ROTATION
+        for _ in range(40):
+            env.step(forth)
+            assert np.abs(site.xpos - start).max() < 0.06
+            assert site.xmat[8] < -0.9
+        end = site.xmat.reshape(3, 3).copy()
+        for _ in range(5):
+            env.step(back)
+        turned = np.arccos((np.trace(site.xmat.reshape(3, 3) @ end.T) - 1) / 2)
+        assert turned == pytest.approx(5 * MAX_ROTATION, abs=0.3)
+
+    def test_a_hand_that_cannot_turn_still_moves(self, env):
+        action = STILL.copy()
+        action[5] = -MAX_ROTATION
+        for _ in range(15):
+            env.step(action)
+        start, action[2] = env.data.site("grasp").xpos.copy(), 0.02
+        for _ in range(5):
+            env.step(action)
+        assert env.data.site("grasp").xpos[2] > start[2] + 0.07
+
+    def test_a_stretched_arm_comes_back(self, env):
+        """At the end of its reach, where joints stand at their limits, too."""
+        action = STILL.copy()
+        for action[:3] in ([0.04, 0.04, 0.04], [0.04, 0.0, -0.04], [-0.04, -0.04, 0.0]):
+            for _ in range(14):
+                env.step(action)
+        site = env.data.site("grasp")
+        for _ in range(40):
+            action[:3] = np.clip([0.5, 0.0, 0.2] - site.xpos, -MAX_TRANSLATION, MAX_TRANSLATION)
+            env.step(action)
+        np.testing.assert_allclose(site.xpos, [0.5, 0.0, 0.2], atol=0.01)
+        assert site.xmat[8] < -0.99
+
     @pytest.mark.parametrize(
         "action, message",
         [
@@ -131,6 +186,12 @@ class TestActions:
         with pytest.raises(ValueError, match=message):
             env.step(action)
 
+    def test_without_a_scene(self, env):
+        env.close()
+        for acts in (lambda: env.step(STILL), env.render, make_env().render):
+            with pytest.raises(RuntimeError, match="call `reset` first"):
+                acts()
+
 
 class TestTasks:
     @pytest.mark.parametrize("task", TASKS)
@@ -143,6 +204,11 @@ class TestTasks:
         assert len(spoken) == len(WORDINGS[task])
         assert all("red cube" in text for text in spoken)
 
+    def test_a_seed_names_another_object_in_another_task(self):
+        env = make_env()
+        targets = [[env.reset(seed=seed, options={"task": task})[1]["target"] for task in TASKS] for seed in range(20)]
+        assert sum(len(set(names)) == len(TASKS) for names in targets) >= 15
+
     @pytest.mark.parametrize("task", TASKS)
     def test_expert_succeeds(self, task):
         env = make_env(tasks=(task,))
@@ -151,6 +217,52 @@ class TestTasks:
     def test_expert_turns_the_hand_for_a_brick(self):
         env = make_env(tasks=("pick",), objects=["red brick"])
         assert {run_expert(env, seed) for seed in range(10)} == {"success"}
+
+    @pytest.mark.parametrize("task", TASKS)
+    @pytest.mark.parametrize("axis", [3, 4])
+    def test_expert_rights_a_tilted_hand(self, task, axis):
+        env = make_env(tasks=(task,))
+        env.reset(seed=0)
+        action, expert = STILL.copy(), Expert(env)
+        assert (expert.action()[3:5] == 0).all()
+        action[axis] = MAX_ROTATION
+        for _ in range(3):
+            env.step(action)
+        assert expert.action()[axis] == -np.float32(MAX_ROTATION)
+        while expert.action()[3:5].any():
+            assert env.steps < 12
+            env.step(expert.action())
+        assert env.data.site("grasp").xmat[8] < -0.99
+
+    @pytest.mark.parametrize("sign", [-1, 1])
+    def test_expert_turns_where_the_joint_allows_it(self, sign):
+        """A brick looks the same after half a turn: of the two ways to it, the shorter one is not always open."""
+        env = make_env()
+        env.reset(seed=0, options={"task": "pick", "target": "red brick"})
+        action, expert = STILL.copy(), Expert(env)
+        action[5] = sign * MAX_ROTATION
+        for _ in range(6):
+            env.step(action)
+        angle = sign * 2.4
+        env.data.joint("red brick").qpos[3:] = [np.cos(angle / 2), 0, 0, np.sin(angle / 2)]
+        mujoco.mj_forward(env.model, env.data)
+        assert expert.action()[5] == -sign * np.float32(MAX_ROTATION)
+
+    @pytest.mark.parametrize("task", TASKS)
+    def test_expert_recovers_from_where_a_learner_goes(self, task):
+        """Thirty random actions leave the hand tilted, turned, stretched or on the table."""
+        env, outcomes = make_env(tasks=(task,), max_steps=200), []
+        for seed in range(100, 120):
+            env.reset(seed=seed)
+            rng, expert, ended = np.random.default_rng(seed), Expert(env), False
+            while not ended:
+                action = expert.action()
+                if env.steps < 30:
+                    action = rng.uniform(env.action_space.low, env.action_space.high)
+                *_, terminated, truncated, info = env.step(action)
+                ended = terminated or truncated
+            outcomes.append(info["outcome"])
+        assert outcomes.count("success") >= 18
 
     @pytest.mark.slow
     @pytest.mark.parametrize("noisy", [False, True])
@@ -177,6 +289,15 @@ class TestTasks:
         assert asked != other
         assert info["outcome"] == "wrong_object"
 
+    def test_an_object_in_the_air_is_not_picked(self):
+        """It has to be held there."""
+        env = make_env()
+        env.reset(seed=0, options={"task": "pick"})
+        env.data.joint(env.goal.target).qpos[:3] = [0.5, 0.3, 0.4]
+        *_, info = env.step(STILL)
+        assert env.data.body(env.goal.target).xpos[2] > 2 * LIFT_HEIGHT
+        assert info["outcome"] is None
+
     def test_dropped_and_timeout(self):
         env = make_env(max_steps=5)
         env.reset(seed=0)
@@ -198,7 +319,14 @@ class TestTasks:
 
     @pytest.mark.parametrize(
         "options, message",
-        [({"task": "fly"}, "`task='fly'` is unknown"), ({"target": "pink cube"}, "`target='pink cube'` is unknown")],
+        [
+            ({"task": "fly"}, "`task='fly'` is unknown"),
+            ({"target": "pink cube"}, "`target='pink cube'` is unknown"),
+            ({"side": "up"}, "`side='up'` is unknown"),
+            ({"task": "push", "wording": 3}, "`wording` of 'push' must be from 0 to 2, got 3"),
+            ({"task": "push", "wording": -1}, "must be from 0 to 2, got -1"),
+            ({"color": "red"}, r"Options \['color'\] are unknown"),
+        ],
     )
     def test_unknown_options(self, options, message):
         with pytest.raises(ValueError, match=message):
@@ -209,6 +337,14 @@ class TestTasks:
         [
             ({"tasks": ("fly",)}, r"Tasks \['fly'\] are unknown"),
             ({"objects": ["pink cube"]}, r"Objects \['pink cube'\] are unknown"),
+            ({"cameras": ("top",)}, r"Cameras \['top'\] are unknown"),
+            ({"objects": []}, "`objects` must be a sequence with at least 1"),
+            ({"tasks": ()}, "`tasks` must be a sequence with at least 1"),
+            ({"tasks": "pick"}, "got 'pick'"),
+            ({"image_size": 0}, "`image_size` must be at least 1, got 0"),
+            ({"max_steps": 0}, "`max_steps` must be at least 1, got 0"),
+            ({"backend": "vulkan"}, "`backend` must be one of"),
+            ({"render_mode": "human"}, "`render_mode` must be one of"),
         ],
     )
     def test_unknown_arguments(self, arguments, message):
@@ -226,6 +362,13 @@ class TestTasks:
             lay_out([f"{color} {shape}" for color in COLORS for shape in SHAPES], np.random.default_rng(0), tries=3)
         with pytest.raises(ValueError, match="are alike"):
             build_model([TableObject("red", "cube", (0.4, 0.0))] * 2, None)
+
+    @pytest.mark.parametrize("place", [(0.2, 0.0), (0.5, -0.5), (0.9, 0.0), (0.7, 0.3), (np.nan, 0.0)])
+    def test_places_out_of_reach(self, place):
+        with pytest.raises(ValueError, match=r"red cube at .* is out of reach"):
+            build_model([TableObject("red", "cube", place)], None)
+        with pytest.raises(ValueError, match=r"bowl at .* is out of reach"):
+            build_model([], place)
 
 
 class TestCamera:
@@ -255,8 +398,46 @@ class TestCamera:
         camera.light = camera.light + np.array([0.0, 1.0, 0.0])
         assert (camera.render(data, "front") != lit).any()
 
+    @pytest.mark.parametrize("size", [33, 112])
+    @pytest.mark.parametrize("seed", range(4))
+    def test_rays_that_are_not_cast_change_nothing(self, seed, size, monkeypatch):
+        """Against pictures whose every ray MuJoCo casts; one that grazes an edge may be rounded to its other side."""
+        env = make_env(randomize=seed % 2 == 1)
+        env.reset(seed=seed)
+        expert, camera = Expert(env), make_camera(env.model, size)
+        for _ in range(3):
+            for _ in range(4):
+                env.step(expert.action())
+            for name in ("front", "wrist"):
+                picture = camera.render(env.data, name)
+                with monkeypatch.context() as patch:
+                    patch.setattr(camera, "_near_boxes", lambda *where: np.ones((2, *[len(where[-1]) - 1] * 2), bool))
+                    difference = np.abs(camera.render(env.data, name).astype(int) - picture).max(axis=-1)
+                assert (difference > 1).sum() <= 1
+                assert (difference > 0).mean() < 1e-3
+
+    def test_few_rays_are_cast(self, scene, monkeypatch):
+        camera, count = make_camera(scene[0], 112), []
+        cast = camera._cast
+        monkeypatch.setattr(camera, "_cast", lambda *where: (count.append(len(where[-1])), cast(*where))[1])
+        camera.render(scene[1], "front")
+        assert sum(count) < 0.5 * 2 * 112**2
+
+    def test_randomization_moves_and_turns_cameras_and_changes_the_light(self):
+        plain, varied = (make_env(randomize=randomize) for randomize in (False, True))
+        for env in (plain, varied):
+            env.reset(seed=0)
+        for name, turn in (("front", 0.03), ("wrist", 0.02)):
+            assert (plain.model.camera(name).pos != varied.model.camera(name).pos).all()
+            cosine = np.abs(plain.model.camera(name).quat @ varied.model.camera(name).quat)
+            assert 1e-3 < 2 * np.arccos(min(cosine, 1.0)) < turn * 3**0.5
+        assert varied.model.light_diffuse[0, 0] != plain.model.light_diffuse[0, 0]
+        bright = make_camera(varied.model, 32).render(varied.data, "front")
+        varied.model.light_diffuse *= 0.5
+        assert make_camera(varied.model, 32).render(varied.data, "front").mean() < bright.mean() - 5
+
     def test_wrist_camera_sees_the_fingers_and_the_table(self):
-        env = make_env(render_observations=True, image_size=64)
+        env = make_env(cameras=("image", "wrist_image"), image_size=64)
         observation, _ = env.reset(seed=0)
         dark = (observation["wrist_image"].max(axis=-1) < 70).mean()
         assert 0.01 < dark < 0.3
@@ -273,7 +454,10 @@ class TestCamera:
             timeout=120,
         )
         # Without its library, MuJoCo fails while it is imported, or the renderer while it starts.
-        if "import mujoco" in result.stderr or f"The renderer '{backend}' cannot start" in result.stderr:
+        if (
+            "its library cannot be opened" in result.stderr
+            or f"The renderer '{backend}' cannot start" in result.stderr
+        ):
             pytest.skip(f"{backend} is not installed: {result.stderr.strip().splitlines()[-1]}")
         assert result.returncode == 0, result.stderr
         differences = [float(value) for value in result.stdout.split()]
@@ -289,3 +473,17 @@ class TestCamera:
         monkeypatch.delenv("MUJOCO_GL", raising=False)
         with pytest.raises(RuntimeError, match=f"MUJOCO_GL={backend}.*apt-get install"):
             make_camera(scene[0], 32, backend)
+
+    @pytest.mark.parametrize("backend, package", [("osmesa", "libosmesa6"), ("egl", "libegl1")])
+    def test_a_library_that_cannot_be_opened(self, backend, package):
+        """MuJoCo fails as it is imported, with an error that does not say why."""
+        result = subprocess.run(
+            [sys.executable, "-c", WITHOUT_GRAPHICS],
+            env={**os.environ, "MUJOCO_GL": backend, "PYTHONPATH": str(REPOSITORY)},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        last = result.stderr.strip().splitlines()[-1]
+        assert last.startswith(f"ImportError: MUJOCO_GL={backend}, and its library cannot be opened")
+        assert f"apt-get install {package}" in last

@@ -1,28 +1,35 @@
-"""Recording: the dataset's form and contents, determinism, kills and reruns, replay."""
+"""Recording: the dataset's form and contents, videos, determinism, kills and reruns, replay."""
 
 import io
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
+import av
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from conftest import FIXTURES, REPOSITORY
 from PIL import Image
 
+from tabletop import lerobot_writer as writer
 from tabletop import record as recorder
 from tabletop.environment import TabletopEnv
-from tabletop.record import Recording, draw_start, image_statistics, is_noop, main, record, vector_statistics
+from tabletop.lerobot_statistics import QUANTILES, image_statistics, vector_statistics
+from tabletop.record import Recording, draw_start, is_noop, main, record
 from tabletop.scene import COLORS, SHAPES
 
 
 SMALL = Recording(episodes=6, seed=3, image_size=32)
 REAL = json.loads((FIXTURES / "lerobot_v30_schema.json").read_text())
+REAL_VIDEO = json.loads((FIXTURES / "lerobot_v30_video_schema.json").read_text())
 DATA = "data/chunk-000/file-000.parquet"
 EPISODES = "meta/episodes/chunk-000/file-000.parquet"
 
@@ -30,6 +37,17 @@ EPISODES = "meta/episodes/chunk-000/file-000.parquet"
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory) -> Path:
     return record(SMALL, tmp_path_factory.mktemp("recorded") / "dataset")
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory) -> Path:
+    return record(replace(SMALL, video=True), tmp_path_factory.mktemp("recorded") / "videos")
+
+
+@pytest.fixture(params=["dataset", "videos"])
+def like_real(request) -> tuple[Path, dict]:
+    """A dataset with what the real one says of itself."""
+    return request.getfixturevalue(request.param), {"dataset": REAL, "videos": REAL_VIDEO}[request.param]
 
 
 @pytest.fixture(scope="module")
@@ -55,13 +73,15 @@ def pictures(frames: list[dict], key: str) -> np.ndarray:
 
 
 class TestForm:
-    """Against what the package lerobot itself wrote (tests/fixtures/lerobot_v30_schema.json)."""
+    """Against what the package lerobot itself wrote (tests/fixtures/lerobot_v30_*schema.json)."""
 
-    def test_files(self, dataset):
-        assert sorted(contents(dataset)) == sorted([*REAL["files"], "meta/tabletop.jsonl"])
+    def test_files(self, like_real):
+        dataset, real = like_real
+        assert sorted(contents(dataset)) == sorted([*real["files"], "meta/tabletop.jsonl"])
 
-    def test_info(self, dataset):
-        info, real = json.loads((dataset / "meta/info.json").read_text()), REAL["info"]
+    def test_info(self, like_real):
+        dataset, real = like_real
+        info, real = json.loads((dataset / "meta/info.json").read_text()), real["info"]
         assert list(info) == list(real)
         own = {"robot_type", "total_episodes", "total_frames", "total_tasks", "splits", "features"}
         assert {key: info[key] for key in info if key not in own} == {key: real[key] for key in real if key not in own}
@@ -72,31 +92,35 @@ class TestForm:
             expected = real["features"][key]
             assert list(feature) == list(expected)
             assert feature["dtype"] == expected["dtype"]
-            if feature["dtype"] == "image":
+            if feature["dtype"] in ("image", "video"):
                 assert (feature["shape"], feature["names"]) == ([32, 32, 3], expected["names"])
+                own = {"video.height": 32, "video.width": 32, "video.codec": "h264"}
+                assert feature.get("info", own) == {**expected.get("info", {}), **own}
             else:
                 assert feature["shape"] == expected["shape"]
                 assert feature["names"] is None or len(feature["names"]) == feature["shape"][0]
 
     @pytest.mark.parametrize("path", sorted(REAL["parquet"]))
-    def test_parquet_columns(self, dataset, path):
-        schema, real = pq.read_schema(dataset / path), REAL["parquet"][path]
+    def test_parquet_columns(self, like_real, path):
+        schema, real = pq.read_schema(like_real[0] / path), like_real[1]["parquet"][path]
         assert {field.name: str(field.type) for field in schema} == real["columns"]
         assert schema.names == list(real["columns"])
 
-    def test_parquet_metadata(self, dataset):
+    def test_parquet_metadata(self, like_real):
+        dataset, real = like_real
         features = json.loads(pq.read_schema(dataset / DATA).metadata[b"huggingface"])["info"]["features"]
-        assert features == REAL["parquet"][DATA]["metadata"]["huggingface"]["info"]["features"]
+        assert features == real["parquet"][DATA]["metadata"]["huggingface"]["info"]["features"]
         pandas = json.loads(pq.read_schema(dataset / "meta/tasks.parquet").metadata[b"pandas"])
-        real = REAL["parquet"]["meta/tasks.parquet"]["metadata"]["pandas"]
-        assert pandas == {**real, "creator": pandas["creator"]}
+        expected = real["parquet"]["meta/tasks.parquet"]["metadata"]["pandas"]
+        assert pandas == {**expected, "creator": pandas["creator"]}
 
-    def test_statistics(self, dataset):
+    def test_statistics(self, like_real):
+        dataset, real = like_real
         statistics = json.loads((dataset / "meta/stats.json").read_text())
         assert {
             key: {name: [list(np.shape(value)), np.array(value).dtype.kind] for name, value in values.items()}
             for key, values in statistics.items()
-        } == REAL["stats"]
+        } == real["stats"]
 
     def test_row_groups_are_episodes(self, dataset, stories):
         metadata = pq.ParquetFile(dataset / DATA).metadata
@@ -104,7 +128,7 @@ class TestForm:
         assert rows == [story["length"] for story in stories]
 
     def test_files_roll_over(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(recorder, "DATA_FILE_MB", 0.05)
+        monkeypatch.setattr(writer, "DATA_FILE_MB", 0.05)
         folder = record(SMALL, tmp_path / "dataset")
         rows = pq.read_table(folder / EPISODES).to_pylist()
         assert len({row["data/file_index"] for row in rows}) > 1
@@ -171,7 +195,7 @@ class TestContents:
         else:
             values = np.array([frame[key] for frame in frames], dtype=np.float64).reshape(len(frames), -1)
         expected = {name: getattr(values, name)(axis=0) for name in ("min", "max", "mean", "std")}
-        expected |= {name: np.quantile(values, at, axis=0) for name, at in recorder.QUANTILES.items()}
+        expected |= {name: np.quantile(values, at, axis=0) for name, at in QUANTILES.items()}
         assert statistics["count"] == [len(frames)]
         for name, value in expected.items():
             np.testing.assert_allclose(
@@ -185,15 +209,87 @@ class TestContents:
             pixels = rng.integers(0, 256, (count, 3), dtype=np.uint8)
             histogram = np.stack([np.bincount(pixels[:, channel], minlength=256) for channel in range(3)])
             ours, numpys = image_statistics(histogram, 1), vector_statistics(pixels / 255)
-            for name in recorder.QUANTILES:
+            for name in QUANTILES:
                 np.testing.assert_allclose(np.ravel(ours[name]), numpys[name], atol=1e-12)
+
+
+class TestVideos:
+    @staticmethod
+    def decode(path: Path) -> tuple[list[Fraction], np.ndarray]:
+        """Times in seconds and pictures (T, S, S, 3)."""
+        with av.open(path) as container:
+            container.streams.video[0].thread_type = "NONE"
+            decoded = list(container.decode(video=0))
+        return [frame.pts * frame.time_base for frame in decoded], np.stack(
+            [f.to_ndarray(format="rgb24") for f in decoded]
+        )
+
+    @pytest.mark.parametrize("key", writer.CAMERAS)
+    def test_frames_are_the_pictures(self, videos, frames, key):
+        """Close to them, and far closer than to their neighbours: none is missing, doubled or late."""
+        times, seen = self.decode(videos / f"videos/{key}/chunk-000/file-000.mp4")
+        raw = pictures(frames, key)
+        assert seen.shape == raw.shape
+        assert times == [Fraction(index, 10) for index in range(len(frames))]
+        error = np.abs(seen.astype(float) - raw).mean(axis=(1, 2, 3))
+        # The codec halves the colours' resolution, which tells most in pictures as small as these.
+        assert error.mean() < 5
+        for shift in (-1, 1):
+            moved = np.abs(np.roll(seen, shift, axis=0).astype(float) - raw).mean(axis=(1, 2, 3))
+            assert np.median(error / moved) < 0.7
+
+    @pytest.mark.parametrize("key", writer.CAMERAS)
+    def test_any_frame_decodes_fast(self, videos, key):
+        """Key frames are two apart, and no packet waits for a later one."""
+        with av.open(videos / f"videos/{key}/chunk-000/file-000.mp4") as container:
+            packets = [packet for packet in container.demux(video=0) if packet.size]
+        assert all(packet.pts == packet.dts for packet in packets)
+        keys = [packet.is_keyframe for packet in packets]
+        assert not any(not first and not second for first, second in itertools.pairwise(keys))
+
+    def test_numbers_are_those_of_the_pictures_dataset(self, dataset, videos):
+        for path in ("meta/stats.json", "meta/tasks.parquet", "meta/tabletop.jsonl"):
+            assert (videos / path).read_bytes() == (dataset / path).read_bytes()
+        columns = pq.read_schema(videos / DATA).names
+        assert pq.read_table(videos / DATA).equals(pq.read_table(dataset / DATA, columns=columns))
+
+    @pytest.mark.parametrize("limit", [200, 0.01])
+    def test_places(self, videos, tmp_path, monkeypatch, limit):
+        """Each episode's frames lie where its row says, also where the files roll over."""
+        monkeypatch.setattr(writer, "VIDEO_FILE_MB", limit)
+        folder = videos if limit == 200 else record(replace(SMALL, video=True), tmp_path / "dataset")
+        template = json.loads((folder / "meta/info.json").read_text())["video_path"]
+        rows = pq.read_table(folder / EPISODES).to_pylist()
+        for key in writer.CAMERAS:
+            whole = self.decode(videos / f"videos/{key}/chunk-000/file-000.mp4")[1]
+            numbers = [row[f"videos/{key}/file_index"] for row in rows]
+            assert (max(numbers) == 0) == (limit == 200)
+            for row in rows:
+                place = {name: row[f"videos/{key}/{name}"] for name in ("chunk_index", "file_index")}
+                times, seen = self.decode(folder / template.format(video_key=key, **place))
+                start, end = (row[f"videos/{key}/{name}_timestamp"] for name in ("from", "to"))
+                first, last = round(start * 10), round(end * 10)
+                assert (last - first, times[first]) == (row["length"], Fraction(first, 10))
+                np.testing.assert_array_equal(
+                    seen[first:last], whole[row["dataset_from_index"] : row["dataset_to_index"]]
+                )
+
+    def test_another_encoder_is_not_joined(self, tmp_path, monkeypatch):
+        frame = {"state": np.zeros(8), "action": np.zeros(7), "instruction": "wait"}
+        frame |= dict.fromkeys(writer.CAMERAS.values(), np.zeros((32, 32, 3), np.uint8))
+        paths = [tmp_path / f"{index}.parquet" for index in range(2)]
+        for index, path in enumerate(paths):
+            monkeypatch.setitem(writer._ENCODER_OPTIONS, "profile", ["baseline", "high"][index])
+            writer.write_episode(path, [frame], {"episode_index": index, "instruction": "wait"}, video=True)
+        with pytest.raises(RuntimeError, match=r"1\.observation\.images\.front\.mp4 was encoded by another version"):
+            writer.assemble(paths, tmp_path / "dataset", 32, video=True)
 
 
 class TestReplay:
     def test_recorded_actions_succeed_from_the_recorded_start(self, frames, stories):
         """Bit for bit: the states on the way are the recorded ones."""
         for story in stories:
-            env = TabletopEnv(image_size=32, render_observations=False)
+            env = TabletopEnv(image_size=32, cameras=())
             observation, _ = env.reset(seed=story["seed"], options=story["options"])
             assert env.data.qpos.tolist() == story["qpos"]
             assert env.data.qvel.tolist() == story["qvel"]
@@ -206,7 +302,7 @@ class TestReplay:
     def test_pictures_are_of_the_start(self, frames, stories):
         env = TabletopEnv(image_size=32)
         observation, _ = env.reset(seed=stories[0]["seed"], options=stories[0]["options"])
-        for key, name in recorder.CAMERAS.items():
+        for key, name in writer.CAMERAS.items():
             np.testing.assert_array_equal(pictures(frames[:1], key)[0], observation[name])
 
 
@@ -243,7 +339,8 @@ class TestNoops:
         env = TabletopEnv(image_size=8)
         observation, _ = env.reset(seed=0)
         assert recorder.demonstrate(env, observation, np.random.default_rng(0), 0.3) == ([], None)
-        with pytest.raises(RuntimeError, match="Episode 0 failed 100 times"):
+        monkeypatch.setattr(recorder, "MAX_ATTEMPTS", 3)
+        with pytest.raises(RuntimeError, match="Episode 0 failed 3 times"):
             recorder.record_episode(Recording(1, image_size=8), 0, Path("unused"))
 
     def test_the_least_noise_succeeds(self, tmp_path):
@@ -251,19 +348,23 @@ class TestNoops:
 
 
 class TestReruns:
-    def test_two_workers_record_the_same(self, dataset, tmp_path):
-        assert contents(record(SMALL, tmp_path / "dataset", num_workers=2)) == contents(dataset)
+    @pytest.mark.parametrize("kind", ["dataset", "videos"])
+    def test_two_workers_record_the_same(self, kind, tmp_path, request):
+        recording = replace(SMALL, video=kind == "videos")
+        expected = contents(request.getfixturevalue(kind))
+        assert contents(record(recording, tmp_path / "dataset", num_workers=2)) == expected
 
     def test_seeds_differ(self):
         starts = {str(draw_start(Recording(1, seed=seed), episode, 0)[:2]) for seed in (0, 1) for episode in range(5)}
         assert len(starts) == 10
 
-    @pytest.mark.parametrize("num_workers", [1, 2])
-    def test_kill_and_resume(self, dataset, tmp_path, num_workers):
+    @pytest.mark.parametrize("num_workers, kind", [(1, "dataset"), (2, "dataset"), (2, "videos")])
+    def test_kill_and_resume(self, tmp_path, num_workers, kind, request):
+        expected = contents(request.getfixturevalue(kind))
         output = tmp_path / "dataset"
         staging = tmp_path / "dataset.recording"
         arguments = ["--episodes", "6", "--seed", "3", "--image_size", "32", "--output", str(output)]
-        arguments += ["--num_workers", str(num_workers)]
+        arguments += ["--num_workers", str(num_workers), *(["--video"] if kind == "videos" else [])]
         command = [sys.executable, "-m", "tabletop.record", *arguments]
         process = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 60
@@ -277,6 +378,7 @@ class TestReruns:
         assert 2 <= len(finished) < 6
         # What a kill in the middle of writing leaves behind.
         (staging / "episode-000005.parquet.1.partial").write_bytes(b"half")
+        (staging / "episode-000005.observation.images.front.mp4").write_bytes(b"older")
         (tmp_path / "dataset.assembling" / "data").mkdir(parents=True)
         recorded = []
         original = recorder.record_episode
@@ -284,7 +386,7 @@ class TestReruns:
             patch.setattr(recorder, "record_episode", lambda *job: (recorded.append(job[1]), original(*job)))
             main([*arguments, "--num_workers", "1"])
         assert not set(recorded) & {int(path.name[8:14]) for path in finished}
-        assert contents(output) == contents(dataset)
+        assert contents(output) == expected
         assert leftovers(output) == []
 
     def test_killed_while_assembling(self, dataset, tmp_path, monkeypatch):
@@ -362,11 +464,17 @@ class TestRefused:
             ({"noise": float("nan")}, "`noise` must be at least"),
             ({"hold_out": ("pink",)}, r"got \['pink'\]"),
             ({"hold_out": tuple(COLORS)}, "leaves no object"),
+            ({"video": True, "image_size": 33}, "`image_size` must be even for videos, got 33"),
         ],
     )
     def test_values(self, arguments, message):
         with pytest.raises(ValueError, match=message):
             Recording(**{"episodes": 1, **arguments})
+
+    def test_missing_encoder(self, monkeypatch):
+        monkeypatch.setattr(recorder, "VIDEO_ENCODER", "libnone")
+        with pytest.raises(ValueError, match="lacks the encoder libnone"):
+            Recording(1, video=True)
 
     def test_workers(self, tmp_path):
         with pytest.raises(ValueError, match="`num_workers` must be at least 1"):
