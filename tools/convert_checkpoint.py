@@ -190,11 +190,7 @@ def load_published(source: Source, config: dict, dtype: str) -> Loaded:
     print(f"{source.root}: a checkpoint in the Hugging Face format")
     if source.checkpoint is not None:
         raise ValueError(f"Give the directory {source.root}, not its file {source.checkpoint}.")
-    if parts := [name for name in source.files() if OFT_FILES.fullmatch(name)]:
-        raise ValueError(
-            f"{source.root} is an OpenVLA-OFT checkpoint, which cannot be converted yet: without {preview(parts)}, "
-            "which would be lost, its actions mean nothing."
-        )
+    refuse_oft(source)
     report_statistics(config.get("norm_stats") or {}, source.read_json(STATISTICS_NAME))
     # Not `load_policy`: where a source carries our code, that runs the source's copy of it.
     processor = repository_class("OpenVLAProcessor").from_pretrained(source.root, revision=source.revision)
@@ -206,6 +202,15 @@ def load_published(source: Source, config: dict, dtype: str) -> Loaded:
     if source.fetch("README.md") is not None:
         origin += " Its own model card describes the code that it came with, and is not repeated here."
     return model, processor, origin
+
+
+def refuse_oft(source: Source) -> None:
+    """Raise where a checkpoint has parts outside of its weights, which would be lost."""
+    if parts := [name for name in source.files() if OFT_FILES.fullmatch(name)]:
+        raise ValueError(
+            f"{source.root} is an OpenVLA-OFT checkpoint, which cannot be converted yet: without {preview(parts)}, "
+            "which would be lost, its actions mean nothing."
+        )
 
 
 def report_statistics(in_config: dict, statistics: dict | None) -> None:
@@ -263,7 +268,7 @@ def push(directory: Path, repo_id: str) -> None:
     """Upload a directory to the Hub."""
     api = HfApi()
     url = api.create_repo(repo_id, exist_ok=True)
-    api.upload_folder(folder_path=directory, repo_id=url.repo_id, commit_message="Upload converted OpenVLA checkpoint")
+    api.upload_folder(folder_path=directory, repo_id=url.repo_id, commit_message="Upload OpenVLA checkpoint")
     print(f"{url}: pushed")
 
 

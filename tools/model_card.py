@@ -1,11 +1,21 @@
-"""The model card of a repository that a command writes."""
+"""The model card of a repository that a command writes, and the success rates in the metadata of any card."""
 
+import os
+import re
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
-from huggingface_hub import ModelCardData
+import yaml
+from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub.repocard_data import eval_results_to_model_index
+from huggingface_hub.utils import yaml_dump
 
 
 LLAMA_2_LICENSE = "https://huggingface.co/meta-llama/Llama-2-7b-hf/blob/main/LICENSE.txt"
+
+# The library's own expression takes an empty block for the start of a longer one, and the text after it for metadata.
+_METADATA = re.compile(r"---[ \t]*(?P<line_break>\r?\n)(?P<yaml>.*?)^---[ \t]*(\r?\n|\Z)", re.DOTALL | re.MULTILINE)
 
 _CARD = """\
 ---
@@ -101,3 +111,102 @@ def model_card(
         ),
         license=_LLAMA_2_NOTE if is_llama else _OTHER_NOTE,
     )
+
+
+def eval_results(results: dict[str, Any]) -> list[EvalResult]:
+    """
+    What results.json of `evaluate_policy.py` says, as the Hub has it: a success rate per task, and over all tasks
+    where there are several. The number of trials, the 95% interval and the seeds are arguments of metric and dataset.
+
+    Args:
+        results (`dict[str, Any]`): As in results.json.
+
+    Returns:
+        `list[EvalResult]`: For `ModelCardData(model_name=..., eval_results=...)`.
+    """
+    groups = dict(results["tasks"])
+    if len(groups) > 1:
+        groups[None] = results["all"]
+    return [_eval_result(results, task, numbers) for task, numbers in groups.items()]
+
+
+def _eval_result(results: dict[str, Any], task: str | None, numbers: dict[str, Any]) -> EvalResult:
+    environment = results["environment"]["id"]
+    seeds = sorted({episode["seed"] for episode in results["episodes"] if task in (None, episode["task"])})
+    return EvalResult(
+        task_type="robotics",
+        task_name="Robotics",
+        dataset_type=environment,
+        dataset_name=f"{environment.rpartition(':')[2]}, {task or 'all tasks'}",
+        dataset_config=task,
+        dataset_args={"seeds": f"{seeds[0]}-{seeds[-1]}"},
+        metric_type="success_rate",
+        metric_name="Success rate",
+        metric_value=round(numbers["success_rate"], 4),
+        metric_args={
+            "trials": numbers["trials"],
+            "successes": numbers["successes"],
+            "wilson_95": [round(bound, 4) for bound in numbers["wilson_95"]],
+        },
+    )
+
+
+def read_card(path: Path) -> tuple[dict[str, Any], str, str]:
+    """
+    The parts of a card.
+
+    Args:
+        path (`Path`): A README.md.
+
+    Returns:
+        `tuple[dict, str, str]`: Metadata (empty where it has none), the text below them, and the line break.
+
+    Raises:
+        ValueError: If the file is missing, or its metadata cannot be read.
+    """
+    if not path.is_file():
+        raise ValueError(f"There is no model card at {path}.")
+    try:
+        content = path.read_bytes().decode("utf-8-sig")
+        match = _METADATA.match(content)
+        metadata = (yaml.safe_load(match["yaml"]) if match else None) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"The metadata of {path} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(metadata, dict):
+        raise ValueError(f"The metadata of {path} must be keys and values, got {metadata!r}.")
+    index = metadata.get("model-index") or []
+    if not isinstance(index, list) or not all(isinstance(entry, dict) for entry in index):
+        raise ValueError(f"The `model-index` of {path} must be a list of models, got {index!r}.")
+    return (metadata, content[match.end() :], match["line_break"]) if match else (metadata, content, "\n")
+
+
+def update_model_index(path: Path, results: dict[str, Any]) -> None:
+    """
+    Write success rates into the `model-index` of a card. Its text stays to the byte, and so do its other metadata and
+    its other results, but for YAML comments and layout; results for the same environment and tasks are replaced, and a
+    rate over all tasks does not outlive those of its tasks.
+
+    Args:
+        path (`Path`): An existing README.md.
+        results (`dict[str, Any]`): As in results.json.
+
+    Raises:
+        ValueError: If the card is missing or its metadata cannot be read.
+    """
+    metadata, text, line_break = read_card(path)
+    index = metadata.get("model-index") or [{"name": path.resolve().parent.name, "results": []}]
+    (new,) = eval_results_to_model_index(index[0].get("name"), eval_results(results))
+    replaced = [_subject(result) for result in new["results"]]
+    replaced += [(*subject[:2], None) for subject in replaced]
+    kept = [result for result in index[0].get("results") or [] if _subject(result) not in replaced]
+    index[0] = {**index[0], "results": kept + new["results"]}
+    block = yaml_dump({**metadata, "model-index": index}, sort_keys=False, line_break=line_break)
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_bytes(f"---{line_break}{block}---{line_break}{text}".encode())
+    os.replace(partial, path)
+
+
+def _subject(result: dict[str, Any]) -> tuple[Any, ...]:
+    """What a result of a `model-index` is about."""
+    dataset = result.get("dataset") or {}
+    return (result.get("task") or {}).get("type"), dataset.get("type"), dataset.get("config")
