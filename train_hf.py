@@ -1,0 +1,270 @@
+#!/usr/bin/env python3
+# Copyright 2026 The OpenVLA repository authors. Licensed under the Apache License, Version 2.0.
+r"""
+Fine-tune a policy on robot data: LoRA on one small GPU, or all weights on many nodes.
+
+LoRA on one GPU with 24 GB:
+
+    python train_hf.py recipes/openvla_lora.yaml --dataset HuggingFaceVLA/libero --output_dir my_policy \
+        --per_device_train_batch_size 1 --gradient_accumulation_steps 16
+
+QLoRA:
+
+    python train_hf.py recipes/openvla_lora.yaml --dataset HuggingFaceVLA/libero --output_dir my_policy \
+        --load_in_4bit True --per_device_train_batch_size 4 --gradient_accumulation_steps 4
+
+All weights with FSDP2 on 8 GPUs:
+
+    accelerate launch --config_file recipes/accelerate/fsdp2.yaml train_hf.py recipes/openvla_full.yaml \
+        --dataset HuggingFaceVLA/libero --output_dir my_policy
+
+On several nodes, on each of them with its own number:
+
+    accelerate launch --config_file recipes/accelerate/fsdp2.yaml --num_machines 4 --num_processes 32 \
+        --machine_rank $NODE --main_process_ip $FIRST_NODE --main_process_port 29500 \
+        train_hf.py recipes/openvla_full.yaml --dataset HuggingFaceVLA/libero --output_dir /shared/my_policy
+
+A smoke test on a CPU, with the policy of this repository and data from the simulated tabletop:
+
+    python -m tabletop.record --episodes 12 --image_size 112 --output tabletop_data
+    python train_hf.py --model_name_or_path . --dataset tabletop_data --output_dir my_policy --max_steps 20
+
+A YAML or JSON file with the same names can come first; flags after it take precedence. Go on after an interruption
+with the same command and `--resume_from_checkpoint True`. `my_policy` is then a complete repository that the Auto
+classes load; its checkpoint-N folders are there to resume from.
+"""
+
+import importlib.util
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+REPOSITORY = Path(__file__).resolve().parent
+sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tools")]
+
+import torch  # noqa: E402
+from accelerate import DistributedType, PartialState  # noqa: E402
+from convert_checkpoint import STATISTICS_NAME, Source  # noqa: E402
+from load_policy import load_policy, repository_class  # noqa: E402
+from peft import PeftModel, get_peft_model  # noqa: E402
+from transformers import PreTrainedModel, ProcessorMixin, set_seed  # noqa: E402
+
+from robot_data.mixture import Part  # noqa: E402
+from robot_data.statistics import compute_statistics  # noqa: E402
+from training.arguments import (  # noqa: E402
+    DataArguments,
+    ModelArguments,
+    OpenVLATrainingArguments,
+    parse_arguments,
+)
+from training.callbacks import OpenLoopCallback, PushCallback  # noqa: E402
+from training.checkpoint import Repository, locate_checkpoint, write_json  # noqa: E402
+from training.data import make_data, open_parts, read_statistics  # noqa: E402
+from training.modes import lora_config, prepare_quantized, quantization_config, select_trainable  # noqa: E402
+from training.trainer import OpenVLATrainer  # noqa: E402
+
+
+logger = logging.getLogger("train_hf")
+
+# What the model card tells of the settings.
+CARD_SETTINGS = (
+    *("learning_rate", "lr_scheduler_type", "warmup_steps", "max_grad_norm", "weight_decay", "optim", "seed", "bf16"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "world_size", "max_steps", "num_train_epochs"),
+)
+
+
+def load_model(arguments: ModelArguments) -> tuple[PreTrainedModel | PeftModel, ProcessorMixin, torch.dtype]:
+    """
+    The policy with what is to be trained in it, its processor, and the dtype of its weights on disk.
+
+    Raises:
+        ValueError: If the mode or a LoRA target does not fit the policy.
+        OSError: If there is no such policy.
+    """
+    config_class = repository_class("OpenVLAConfig")
+    config = config_class.from_pretrained(arguments.model_name_or_path, revision=arguments.model_revision)
+    saved_dtype = getattr(torch, str(config.dtype or "float32").removeprefix("torch."))
+    quantization = quantization_config(
+        arguments.load_in_4bit,
+        arguments.load_in_8bit,
+        bnb_4bit_quant_type=arguments.bnb_4bit_quant_type,
+        use_bnb_nested_quant=arguments.use_bnb_nested_quant,
+    )
+    dtype = _training_dtype(arguments, saved_dtype)
+    options: dict[str, Any] = {"attn_implementation": arguments.attn_implementation}
+    if quantization is not None:
+        options |= {"quantization_config": quantization, "device_map": {"": PartialState().device}}
+    options = {name: value for name, value in options.items() if value is not None}
+    model, processor = load_policy(
+        arguments.model_name_or_path, revision=arguments.model_revision, dtype=dtype, **options
+    )
+    if quantization is not None:
+        prepare_quantized(model)
+    return select_parameters(model, arguments), processor, saved_dtype
+
+
+def _training_dtype(arguments: ModelArguments, saved_dtype: torch.dtype) -> torch.dtype:
+    if arguments.dtype != "auto":
+        return getattr(torch, arguments.dtype)
+    if arguments.load_in_4bit or arguments.load_in_8bit:
+        return torch.bfloat16
+    on_cpu = PartialState().device.type == "cpu"
+    return saved_dtype if arguments.use_peft and not on_cpu else torch.float32
+
+
+def select_parameters(model: PreTrainedModel, arguments: ModelArguments) -> PreTrainedModel | PeftModel:
+    """
+    The policy with what is to be trained in it, and everything else frozen.
+
+    Raises:
+        ValueError: If the mode or a LoRA target does not fit the policy.
+    """
+    if not arguments.use_peft:
+        return select_trainable(model, arguments.training_mode)
+    targets = arguments.lora_target_modules
+    lora = lora_config(
+        model,
+        r=arguments.lora_r,
+        alpha=arguments.lora_alpha,
+        dropout=arguments.lora_dropout,
+        target_modules=targets[0] if len(targets) == 1 else targets,
+    )
+    return get_peft_model(model, lora, low_cpu_mem_usage=model.device.type == "meta")
+
+
+def prepare_statistics(
+    parts: Sequence[Part], arguments: DataArguments, training: OpenVLATrainingArguments, checkpoint: Path | None
+) -> dict[str, dict]:
+    """
+    Statistics of the datasets: the given ones, those of the run that is resumed, or computed now by one process.
+    """
+    names = [part.source.name for part in parts]
+    if arguments.statistics is not None:
+        return read_statistics(arguments.statistics, names)
+    path = Path(training.output_dir) / STATISTICS_NAME
+    with training.main_process_first(desc="statistics"):
+        if training.should_save and not (checkpoint is not None and path.is_file()):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            logger.info("Computing statistics of %s", ", ".join(names))
+            write_json(path, {part.source.name: _compute(part, arguments) for part in parts})
+    return read_statistics(path, names)
+
+
+def _compute(part: Part, arguments: DataArguments) -> dict[str, Any]:
+    return compute_statistics(part.source, part.config, skip_bad_episodes=arguments.skip_bad_episodes)
+
+
+def check_action_dimensions(model: PreTrainedModel, statistics: dict[str, dict]) -> None:
+    """
+    Raises:
+        ValueError: If a dataset's actions are of another dimension than those of the policy.
+    """
+    expected = getattr(model.config, "action_dim", None)
+    sizes = {name: len(each["action"]["q01"]) for name, each in statistics.items()}
+    if expected is not None and set(sizes.values()) != {expected}:
+        raise ValueError(f"The policy's actions have {expected} dimensions, those of the datasets {sizes}.")
+
+
+def check_pictures(training: OpenVLATrainingArguments) -> None:
+    """
+    Raises:
+        ValueError: If `--plot_open_loop` cannot be followed.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("--plot_open_loop needs matplotlib: pip install matplotlib.")
+    if PartialState().distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED) or training.fsdp:
+        raise ValueError("--plot_open_loop needs the whole model in one process, which FSDP and DeepSpeed divide.")
+
+
+def warm_up(model: PreTrainedModel) -> None:
+    """
+    One forward pass on the CPU that is thrown away.
+
+    In about one process of forty, torch 2.13's CPU build computes half of the first cosine of the rotary embedding
+    with an error of 1e-4; from the second forward pass on it is right, and a resumed run equal to the bit.
+    """
+    side, channels = model.config.image_sizes[0], 3 * len(model.config.image_sizes)
+    with torch.no_grad():
+        model(input_ids=torch.arange(1, 40)[None], pixel_values=torch.zeros(1, channels, side, side))
+
+
+def set_up(
+    model_arguments: ModelArguments, data_arguments: DataArguments, training: OpenVLATrainingArguments
+) -> tuple[OpenVLATrainer, Path | None]:
+    """A trainer that is ready to train, and the checkpoint to resume from, if any."""
+    checkpoint = locate_checkpoint(training.resume_from_checkpoint, training.output_dir)
+    if data_arguments.plot_open_loop:
+        check_pictures(training)
+    set_seed(training.seed)
+    parts = open_parts(data_arguments)
+    model, processor, saved_dtype = load_model(model_arguments)
+    statistics = prepare_statistics(parts, data_arguments, training, checkpoint)
+    check_action_dimensions(model, statistics)
+    base_model = model.get_base_model() if model_arguments.use_peft else model
+    base_model.norm_stats = processor.norm_stats = statistics
+    if training.device.type == "cpu":
+        warm_up(base_model)
+        training.dataloader_pin_memory = False
+    if training.ddp_find_unused_parameters is None:
+        # The published targets hold layers that never run.
+        training.ddp_find_unused_parameters = model_arguments.lora_target_modules == ["published"]
+    data = make_data(
+        parts,
+        statistics,
+        processor,
+        data_arguments,
+        seed=training.seed if training.data_seed is None else training.data_seed,
+        rank=training.process_index,
+        world_size=training.world_size,
+    )
+    if not data.held_out:
+        if training.load_best_model_at_end:
+            raise ValueError("--load_best_model_at_end needs --validation_episodes, and datasets of ten or more.")
+        logger.info("No episode is held out: there is no validation.")
+        training.eval_strategy, training.do_eval = type(training.eval_strategy)("no"), False
+    repository = Repository(
+        directory=Path(training.output_dir),
+        base=Source.locate(model_arguments.model_name_or_path, model_arguments.model_revision),
+        processor=processor,
+        dtype=saved_dtype,
+        repo_id=training.hub_model_id or Path(training.output_dir).resolve().name,
+        datasets=data_arguments.dataset or [],
+        settings=card_settings(model_arguments, data_arguments, training),
+    )
+    trainer = OpenVLATrainer(model, training, data, repository)
+    if data_arguments.plot_open_loop:
+        trainer.add_callback(OpenLoopCallback(base_model, processor, data.curves, data_arguments.camera))
+    return trainer, checkpoint
+
+
+def card_settings(model: ModelArguments, data: DataArguments, training: OpenVLATrainingArguments) -> dict[str, Any]:
+    """What the model card tells of the settings."""
+    names = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "load_in_4bit", "load_in_8bit")
+    settings = {name: getattr(model, name) for name in names} if model.use_peft else {"mode": model.training_mode}
+    settings |= {name: getattr(data, name) for name in ("image_augmentation", "shuffle_buffer")}
+    settings |= {name: getattr(training, name) for name in CARD_SETTINGS}
+    return {name: getattr(value, "value", value) for name, value in settings.items()}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    model_arguments, data_arguments, training = parse_arguments(arguments)
+    logging.basicConfig(level=logging.INFO if training.should_log else logging.WARNING)
+    trainer, checkpoint = set_up(model_arguments, data_arguments, training)
+    size = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
+    logger.info("Effective batch size %d", size)
+    push = None
+    if training.push_to_hub:
+        push = PushCallback(trainer.hub_model_id)
+        trainer.repository.repo_id = trainer.hub_model_id
+        trainer.add_callback(push)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.write_repository()
+    if push is not None and trainer.is_world_process_zero() and not push.push(training, "End of training"):
+        raise OSError(f"The policy is in {training.output_dir}, and pushing it to {push.repo_id} failed.")
+
+
+if __name__ == "__main__":
+    main()

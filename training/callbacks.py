@@ -1,0 +1,130 @@
+"""What happens beside the steps of training: the count of passes over the data, pictures, and uploads."""
+
+import logging
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import HubStrategy
+
+from evaluation.open_loop import Comparison
+from evaluation.policies import ModelPolicy
+from evaluation.report import save_open_loop_figure
+from robot_data.episode import Episode, dimension_names
+from robot_data.pictures import decode
+
+from .checkpoint import PARTIAL, find_checkpoints
+
+
+logger = logging.getLogger(__name__)
+
+MAX_DRAWN_STEPS = 300
+
+
+class EpochCallback(TrainerCallback):
+    """
+    Counts passes over the data from the number of steps; Trainer itself begins anew when it resumes within one.
+
+    Args:
+        updates_per_epoch (`int`): Optimizer steps in one pass.
+    """
+
+    def __init__(self, updates_per_epoch: int):
+        self.updates_per_epoch = updates_per_epoch
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        state.epoch = state.global_step / self.updates_per_epoch
+
+
+class OpenLoopCallback(TrainerCallback):
+    """
+    Draws what the policy predicts on held-out episodes beside what was recorded, at each validation, into
+    `open_loop/DATASET-step-N.png` of the output directory.
+
+    Args:
+        model: With `predict_action`, whole in the main process.
+        processor: Of the policy.
+        episodes (`list[Episode]`): The first 300 steps of each are drawn.
+        camera (`str`): Role of the picture that the policy looks at.
+    """
+
+    def __init__(self, model: Any, processor: Any, episodes: list[Episode], camera: str):
+        self.model, self.processor, self.episodes, self.camera = model, processor, episodes, camera
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        if not state.is_world_process_zero:
+            return
+        folder = Path(args.output_dir) / "open_loop"
+        folder.mkdir(parents=True, exist_ok=True)
+        self.model.eval()
+        for episode in self.episodes:
+            comparison = self._compare(episode, args.per_device_eval_batch_size)
+            names = list(dimension_names(comparison.recorded.shape[1]))
+            path = folder / f"{episode.dataset}-step-{state.global_step}.png"
+            save_open_loop_figure([comparison], names, path, f"{episode.dataset}, step {state.global_step}")
+
+    def _compare(self, episode: Episode, batch_size: int) -> Comparison:
+        count = min(len(episode), MAX_DRAWN_STEPS)
+        comparison = Comparison(0, episode.index, episode.instructions[:count], episode.actions[:count])
+        comparison.is_drawn, comparison.is_sampled = True, comparison.is_told
+        policy = ModelPolicy(self.model, self.processor, episode.dataset)
+        steps = comparison.is_sampled.nonzero()[0]
+        for start in range(0, len(steps), batch_size):
+            batch = steps[start : start + batch_size]
+            comparison.predicted[batch] = policy.predict(
+                [episode.instructions[step] for step in batch],
+                [decode(episode.images[self.camera][step]) for step in batch],
+            )
+        return comparison
+
+
+class PushCallback(TrainerCallback):
+    """
+    Uploads the repository at every save and at the end, as `hub_strategy` says. A failure is logged and training goes
+    on; the next save tries again.
+
+    Args:
+        repo_id (`str`): On the Hub; it exists.
+    """
+
+    def __init__(self, repo_id: str):
+        self.repo_id = repo_id
+        self._upload: Future | None = None
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        if state.is_world_process_zero and args.hub_strategy != HubStrategy.END:
+            self.finish()
+            self._start(args, f"Training in progress, step {state.global_step}")
+
+    def push(self, args: TrainingArguments, message: str) -> bool:
+        """Upload and wait. Whether it succeeded."""
+        self.finish()
+        self._start(args, message)
+        return self.finish()
+
+    def finish(self) -> bool:
+        """Wait for the upload that runs, if there is one. Whether it succeeded."""
+        upload, self._upload = self._upload, None
+        try:
+            if upload is not None:
+                upload.result()
+        except Exception as error:
+            logger.warning("Pushing to %s failed, training goes on: %s", self.repo_id, error)
+            return False
+        return True
+
+    def _start(self, args: TrainingArguments, message: str) -> None:
+        api = HfApi(token=args.hub_token)
+        options = {"repo_id": self.repo_id, "commit_message": message, "revision": args.hub_revision}
+        with_checkpoint = args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS)
+        checkpoint = find_checkpoints(args.output_dir)[-1:] if with_checkpoint else []
+
+        def upload() -> None:
+            api.upload_folder(folder_path=args.output_dir, ignore_patterns=["checkpoint-*", f"{PARTIAL}*"], **options)
+            for folder in checkpoint:
+                name = "last-checkpoint" if args.hub_strategy == HubStrategy.CHECKPOINT else folder.name
+                api.upload_folder(folder_path=Path(folder), path_in_repo=name, **options)
+
+        self._upload = api.run_as_future(upload)

@@ -1,0 +1,287 @@
+"""From the data arguments to datasets, their statistics, the stream of training, and the steps to validate on."""
+
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from robot_data.augmentation import Augmentation
+from robot_data.collation import Collator
+from robot_data.episode import Episode, RawEpisode, Source, Step, check_unit
+from robot_data.filters import Filters
+from robot_data.mixture import Part, read_mixture
+from robot_data.reading import iter_episodes
+from robot_data.sources import open_source
+from robot_data.standardize import config_for
+from robot_data.stream import StepStream
+
+from .arguments import DataArguments, read_yaml
+
+
+# At most this part of a dataset is held out.
+HELD_OUT_FRACTION = 0.1
+
+
+@dataclass(frozen=True)
+class Selection:
+    """
+    Some units of a source, as a source.
+
+    Args:
+        source (`Source`): All of it.
+        units (`tuple[int]`): Which of its units.
+        first_only (`bool`, defaults to `False`): Of each unit only the first episode.
+    """
+
+    source: Source
+    units: tuple[int, ...]
+    first_only: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.source.name
+
+    @property
+    def columns(self) -> list[str]:
+        return self.source.columns
+
+    @property
+    def images(self) -> list[str]:
+        return self.source.images
+
+    @property
+    def num_units(self) -> int:
+        return len(self.units)
+
+    @property
+    def num_episodes(self) -> None:
+        """None: units may hold several."""
+
+    @property
+    def num_steps(self) -> None:
+        """None: known of the whole dataset alone."""
+
+    def read(
+        self, unit: int, columns: Sequence[str] | None = None, images: Sequence[str] | None = None
+    ) -> Iterator[RawEpisode]:
+        """See [`Source.read`]."""
+        check_unit(self, unit)
+        episodes = self.source.read(self.units[unit], columns, images)
+        return itertools.islice(episodes, 1) if self.first_only else episodes
+
+
+def open_parts(arguments: DataArguments) -> list[Part]:
+    """
+    The datasets that were asked for, with the descriptions by which they are read.
+
+    Args:
+        arguments ([`DataArguments`]): `dataset` or `mixture`, and what describes them.
+
+    Raises:
+        FileNotFoundError: If a dataset or file is missing.
+        ValueError: If a mixture is unknown, or a dataset is empty or does not fit its description.
+    """
+    descriptions = read_yaml(arguments.dataset_configs) if arguments.dataset_configs else {}
+    parts = []
+    for location, name, weight in _locations(arguments):
+        source = open_source(location, name=name)
+        if not source.num_units:
+            raise ValueError(f"{location} holds no episodes.")
+        config = config_for(source.name, source.columns, source.images, descriptions.get(source.name))
+        if arguments.camera not in config.cameras:
+            raise ValueError(f"{source.name} has no camera {arguments.camera!r}; it has {dict(config.cameras)}.")
+        cameras = {arguments.camera: config.cameras[arguments.camera]}
+        filters = _filters(config.filters, arguments)
+        parts.append(Part(source, replace(config, cameras=cameras, filters=filters), weight))
+    if unknown := sorted(set(descriptions) - {part.source.name for part in parts}):
+        raise ValueError(f"{arguments.dataset_configs} describes {unknown}, which are not trained on.")
+    return parts
+
+
+def _filters(filters: Filters, arguments: DataArguments) -> Filters:
+    """A dataset's filters, with those of the command line; steps without an instruction teach nothing."""
+    names = ("include_tasks", "exclude_tasks")
+    given = {name: tuple(value) for name in names if (value := getattr(arguments, name)) is not None}
+    return replace(filters, unlabeled_steps=True, **given)
+
+
+def _locations(arguments: DataArguments) -> list[tuple[str, str | None, float]]:
+    """Where each dataset lies, its name where that is decided here, and its weight."""
+    if arguments.mixture is None:
+        return [_split_weight(text) for text in arguments.dataset]
+    if arguments.data_root is None:
+        raise ValueError("--mixture needs --data_root, the folder with one folder per dataset.")
+    weights = read_mixture(arguments.mixture)
+    return [(f"{arguments.data_root.rstrip('/')}/{name}", name, weight) for name, weight in weights.items()]
+
+
+def _split_weight(text: str) -> tuple[str, None, float]:
+    location, _, weight = text.rpartition("=")
+    try:
+        return (location, None, float(weight)) if location else (text, None, 1.0)
+    except ValueError:  # the sign belongs to the path
+        return text, None, 1.0
+
+
+# Statistics
+
+
+def read_statistics(path: str | Path, names: Sequence[str]) -> dict[str, dict]:
+    """
+    Statistics of some datasets from a `dataset_statistics.json`.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it has none of a dataset.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"There is no {path} with statistics.")
+    statistics = json.loads(Path(path).read_text(encoding="utf-8"))
+    if missing := [name for name in names if name not in statistics]:
+        raise ValueError(f"{path} has no statistics of {missing}; it has {sorted(statistics)}.")
+    return {name: statistics[name] for name in names}
+
+
+# Training and validation
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """
+    What training and validation are made of.
+
+    Args:
+        stream ([`StepStream`]): Of this process, for training.
+        held_out (`list[Step]`): To validate on; empty for no validation.
+        curves (`list[Episode]`): One of the held-out episodes of each dataset, to be drawn.
+        num_steps (`int`): In one pass over all datasets.
+        collator ([`Collator`]): For training, with augmentation.
+        plain_collator ([`Collator`]): For validation, without.
+    """
+
+    stream: StepStream
+    held_out: list[Step]
+    curves: list[Episode]
+    num_steps: int
+    collator: Collator
+    plain_collator: Collator
+
+
+def make_data(
+    parts: Sequence[Part],
+    statistics: dict[str, dict],
+    processor: Any,
+    arguments: DataArguments,
+    *,
+    seed: int,
+    rank: int,
+    world_size: int,
+) -> TrainingData:
+    """
+    Divide the datasets into training and validation.
+
+    Args:
+        parts (`Sequence[Part]`): From [`open_parts`].
+        statistics (`dict[str, dict]`): By dataset name.
+        processor: Of the policy, with these statistics. Its centre crop is made to fit the augmentation.
+        arguments ([`DataArguments`]): What to do with them.
+        seed (`int`): Of the order of the steps, and of which episodes are held out.
+        rank (`int`), world_size (`int`): Number of this process, and how many there are.
+    """
+    divided = [_divide(part, arguments, seed) for part in parts]
+    training = [
+        replace(part, source=source, config=replace(part.config, state=()), num_steps=_num_steps(statistics, part))
+        for part, (source, _) in zip(parts, divided, strict=True)
+    ]
+    validation = [
+        replace(part, source=source)
+        for part, (_, source) in zip(parts, divided, strict=True)
+        if source.num_units and arguments.validation_episodes
+    ]
+    augmentation = None
+    if arguments.image_augmentation != "none":
+        augmentation = Augmentation(mode=arguments.image_augmentation)
+        processor.image_processor.center_crop_area = augmentation.crop_area
+    episodes = [_read(part, arguments) for part in validation]
+    plain = Collator(processor, arguments.camera, predict_stop_token=arguments.predict_stop_token)
+    return TrainingData(
+        stream=StepStream(
+            training,
+            seed=seed,
+            buffer_steps=arguments.shuffle_buffer,
+            balance=arguments.balance,
+            skip_bad_episodes=arguments.skip_bad_episodes,
+            rank=rank,
+            world_size=world_size,
+        ),
+        held_out=[step for group in episodes for step in _sample(group, arguments.validation_steps)],
+        curves=[group[0] for group in episodes],
+        num_steps=sum(part.num_steps for part in training),
+        collator=replace(plain, augmentation=augmentation),
+        plain_collator=plain,
+    )
+
+
+def _num_steps(statistics: dict[str, dict], part: Part) -> int:
+    # Statistics of published checkpoints, and of datasets that were written by hand, may not count.
+    return statistics[part.source.name].get("num_transitions") or part.source.num_steps
+
+
+def _divide(part: Part, arguments: DataArguments, seed: int) -> tuple[Selection, Selection]:
+    """What to train on, and what to validate on."""
+    source = part.source
+    if arguments.overfit_one_episode:
+        return Selection(source, (0,), first_only=True), Selection(source, (0,), first_only=True)
+    count = min(arguments.validation_episodes, int(HELD_OUT_FRACTION * source.num_units))
+    order = np.random.default_rng([seed, source.num_units]).permutation(source.num_units).tolist()
+    return Selection(source, tuple(sorted(order[count:]))), Selection(source, tuple(sorted(order[:count])))
+
+
+def _read(part: Part, arguments: DataArguments) -> list[Episode]:
+    episodes = list(iter_episodes(part.source, part.config, skip_bad_episodes=arguments.skip_bad_episodes))
+    if not episodes:
+        raise ValueError(
+            f"The filters leave nothing of the held-out episodes of {part.source.name}: hold out more of them with "
+            "--validation_episodes, or 0 for no validation."
+        )
+    return episodes
+
+
+def _sample(episodes: list[Episode], limit: int) -> list[Step]:
+    """So many steps of some episodes, evenly spread."""
+    frames = [(episode, frame) for episode in episodes for frame in range(len(episode))]
+    indices = np.linspace(0, len(frames) - 1, min(limit, len(frames))).round().astype(int)
+    return [_make_step(*frames[index]) for index in indices]
+
+
+def _make_step(episode: Episode, frame: int) -> Step:
+    return Step(
+        images={role: pictures[frame] for role, pictures in episode.images.items()},
+        instruction=episode.instructions[frame],
+        action=episode.actions[frame : frame + 1],  # (1, D)
+        action_is_pad=np.zeros(1, bool),
+        state=None if episode.states is None else episode.states[frame],
+        dataset=episode.dataset,
+        episode=episode.index,
+        frame=frame,
+    )
+
+
+@dataclass(frozen=True)
+class NamedBatch:
+    """
+    A collator whose batches say which steps they are made of, for messages.
+
+    Args:
+        collator ([`Collator`]): Makes the batch.
+    """
+
+    collator: Collator
+
+    def __call__(self, steps: list[Step]) -> dict[str, Any]:
+        names = [f"{step.dataset} episode {step.episode} frame {step.frame}" for step in steps]
+        return {**self.collator(steps), "names": names}

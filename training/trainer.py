@@ -1,0 +1,238 @@
+"""Trainer, fed by a stream that resumes exactly, and writing a repository instead of bare weights."""
+
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
+
+from robot_data.loader import StepLoader
+
+from .arguments import OpenVLATrainingArguments
+from .callbacks import EpochCallback
+from .checkpoint import (
+    CHECKPOINT,
+    PARTIAL,
+    STREAM_STATE,
+    Repository,
+    find_checkpoints,
+    publish_checkpoint,
+    remove,
+    save_resume_weights,
+    write_json,
+)
+from .data import NamedBatch, TrainingData
+from .metrics import ActionMetrics, count_correct, predicted_tokens
+
+
+class OpenVLATrainer(Trainer):
+    """
+    [`Trainer`] for a policy.
+
+    - Batches come from a [`StepLoader`] of this process, whose place in the stream is saved with each checkpoint.
+    - Beside Trainer's figures the log holds `action_accuracy` (of the main process, on the batches of training) and
+      `data_wait`, the fraction of the time that was spent waiting for data.
+    - A checkpoint is written under another name and renamed once it is complete. After it, and at the end, the merged
+      model is written to the root of the output directory, once.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`): What is trained.
+        args ([`OpenVLATrainingArguments`]): How.
+        data ([`TrainingData`]): On what.
+        repository ([`Repository`]): What is written.
+        callbacks (`list[TrainerCallback]`, *optional*): As in [`Trainer`].
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        args: OpenVLATrainingArguments,
+        data: TrainingData,
+        repository: Repository,
+        callbacks: list[TrainerCallback] | None = None,
+    ):
+        steps = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        updates_per_epoch = max(data.num_steps // steps, 1)
+        self.repository, self.codec = repository, repository.processor.codec
+        self.loader = StepLoader(
+            data.stream,
+            args.per_device_train_batch_size,
+            NamedBatch(data.collator),
+            num_workers=args.dataloader_num_workers,
+            num_batches=updates_per_epoch * args.gradient_accumulation_steps,
+            pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
+            prefetch_factor=args.dataloader_prefetch_factor,
+        )
+        self._partial: Path | None = None  # while a checkpoint is written, where
+        self._correct = torch.zeros(2)
+        self._waited, self._logged_at = 0.0, time.perf_counter()
+        self._written_at: int | None = None  # step of which the repository holds the weights
+        super().__init__(
+            model,
+            args,
+            data_collator=data.plain_collator,
+            eval_dataset=data.held_out or None,
+            compute_metrics=ActionMetrics(repository.processor, [step.dataset for step in data.held_out]),
+            preprocess_logits_for_metrics=predicted_tokens,
+            callbacks=[EpochCallback(updates_per_epoch), *(callbacks or [])],
+        )
+        # Trainer does not find the name behind an adapter.
+        self.label_names = ["labels"]
+
+    # Steps
+
+    def train(self, resume_from_checkpoint: str | Path | None = None, **kwargs) -> Any:
+        """As [`Trainer.train`], from a directory; the stream goes on where it was."""
+        if resume_from_checkpoint is not None:
+            path = Path(resume_from_checkpoint) / STREAM_STATE.format(rank=self.args.process_index)
+            if not path.is_file():
+                raise FileNotFoundError(
+                    f"{resume_from_checkpoint} has no {path.name}: it was not written by this script, or by fewer "
+                    f"processes than the {self.args.world_size} of now."
+                )
+            self.loader.load_state_dict(json.loads(path.read_text(encoding="utf-8")))
+            resume_from_checkpoint = str(resume_from_checkpoint)
+        if self.args.should_save:  # what an interrupted run left
+            shutil.rmtree(Path(self.args.output_dir) / PARTIAL, ignore_errors=True)
+        self._logged_at = time.perf_counter()
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def get_train_dataloader(self) -> StepLoader:
+        """The loader of this process, which needs no preparation by `accelerate`."""
+        return self.loader
+
+    def get_batch_samples(self, *args, **kwargs) -> tuple[list, Any]:
+        """As [`Trainer.get_batch_samples`], against the clock."""
+        start = time.perf_counter()
+        try:
+            return super().get_batch_samples(*args, **kwargs)
+        finally:
+            self._waited += time.perf_counter() - start
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
+        """
+        As [`Trainer.compute_loss`]; the model computes logits at the supervised positions alone.
+
+        Raises:
+            FloatingPointError: If the loss is not finite, naming the step and what its batch is made of.
+        """
+        inputs = {**inputs, "use_cache": False}
+        names = inputs.pop("names", None)
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        if model.training:
+            if not torch.isfinite(loss):
+                raise FloatingPointError(
+                    f"The loss of step {self.state.global_step + 1} is {loss.item()}. Its batch: {', '.join(names)}."
+                )
+            predicted = predicted_tokens(outputs["logits"].detach(), inputs["labels"])
+            counts = count_correct(predicted, inputs["labels"], self.codec)
+            self._correct = self._correct.to(counts.device) + counts
+        return (loss, outputs) if return_outputs else loss
+
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        """As [`Trainer.evaluate`], off the clock."""
+        with self._off_the_clock():
+            return super().evaluate(*args, **kwargs)
+
+    @contextmanager
+    def _off_the_clock(self) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._logged_at += time.perf_counter() - start
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        """As [`Trainer.log`], with the figures of this class."""
+        if "loss" in logs:
+            now = time.perf_counter()
+            correct, total = self._correct.tolist()
+            logs["action_accuracy"] = correct / max(total, 1)
+            logs["data_wait"] = self._waited / (now - self._logged_at)
+            if skipped := sum(self.loader.skipped.values()):
+                logs["skipped_episodes"] = skipped
+            self._correct, self._waited, self._logged_at = torch.zeros_like(self._correct), 0.0, now
+        self.repository.metrics |= {
+            name: value
+            for name, value in logs.items()
+            if name == "loss" or (name.startswith("eval_") and not name.endswith(("_runtime", "_per_second")))
+        }
+        super().log(logs, *args, **kwargs)
+
+    # Saving
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._partial is None else str(self._partial)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        root, name = Path(self.args.output_dir), f"{CHECKPOINT}{self.state.global_step}"
+        with self._off_the_clock():
+            self._partial = root / PARTIAL
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._partial = None
+            self._complete_checkpoint(root / PARTIAL / name)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                publish_checkpoint(root / PARTIAL / name, root / name)
+                self._rotate()
+            self.write_repository()
+
+    def _complete_checkpoint(self, directory: Path) -> None:
+        write_json(directory / STREAM_STATE.format(rank=self.args.process_index), self.loader.state_dict())
+        if self.args.should_save and self.state.best_global_step:
+            root = Path(self.args.output_dir)
+            self.state.best_model_checkpoint = str(root / f"{CHECKPOINT}{self.state.best_global_step}")
+            self.state.save_to_json(str(directory / TRAINER_STATE_NAME))
+
+    def write_repository(self) -> None:
+        """Write the complete repository to the root of the output directory, unless it is there already."""
+        step = None if self.args.load_best_model_at_end and not self.is_in_train else self.state.global_step
+        if step is None or step != self._written_at:
+            self.save_model()
+            self._written_at = step
+        self.accelerator.wait_for_everyone()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As [`Trainer.save_model`]; without `output_dir`, and into that of the run, the complete repository."""
+        output_dir = output_dir or self.args.output_dir
+        if self.is_fsdp_enabled and output_dir == self.args.output_dir:
+            # Trainer would write no weights where the checkpoints are sharded.
+            self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
+        else:
+            super().save_model(output_dir, _internal_call=True)
+
+    def _rotate(self) -> None:
+        """Remove what `save_total_limit` leaves no place for, never the best nor the newest."""
+        limit, found = self.args.save_total_limit, find_checkpoints(self.args.output_dir)
+        best = self.state.best_model_checkpoint
+        kept = found[-limit:] if limit else found
+        if best is not None and limit:
+            kept = [*found[-max(limit - 1, 1) :], Path(best)]
+        for checkpoint in found:
+            if checkpoint not in kept:
+                remove(checkpoint)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if not self.args.should_save:
+            return
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        directory = Path(output_dir or self.args.output_dir)
+        if directory == Path(self.args.output_dir):
+            self.repository.write(model, state_dict)
+        else:
+            save_resume_weights(model, self.repository.processor, directory, state_dict)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Nothing: [`PushCallback`] uploads what is complete."""
