@@ -9,9 +9,11 @@ help:
 	@echo "make quality   lint and formatting"
 	@echo "make style     repair what make quality finds, where ruff can"
 	@echo "make clean     remove environments and caches"
+	@echo "make bench-robosuite, make bench-libero"
+	@echo "               tests of the evaluator with these simulators, each in an environment of its own"
 
 # One environment for each supported line of transformers: .venv-4 and .venv-5.
-.venv-%/installed: constraints-%.txt requirements.txt requirements-tabletop.txt requirements-dev.txt
+.venv-%/installed: constraints-%.txt $(wildcard requirements*.txt)
 	$(PYTHON) -m venv .venv-$*
 	.venv-$*/bin/python -m pip install --quiet --constraint constraints-$*.txt torch
 	.venv-$*/bin/python -m pip install --quiet --constraint constraints-$*.txt --requirement requirements-dev.txt
@@ -33,4 +35,32 @@ style: .venv-5/installed
 	.venv-5/bin/ruff format .
 
 clean:
-	rm -rf .venv-4 .venv-5 .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv-4 .venv-5 .venv-robosuite .venv-libero .pytest_cache .ruff_cache .hypothesis
+
+# Benchmarks whose pins conflict with those above have environments of their own: .venv-robosuite and .venv-libero.
+MUJOCO_GL ?= osmesa
+LIBERO_CONFIG_PATH ?= $(CURDIR)/.venv-libero/configuration
+RUN_BENCHMARK = -m pytest tests/test_benchmark_adapters.py
+
+.PHONY: bench-robosuite bench-libero
+
+bench-robosuite: .venv-robosuite/installed
+	MUJOCO_GL=$(MUJOCO_GL) .venv-robosuite/bin/python $(RUN_BENCHMARK)
+
+# LIBERO asks a question when it is first imported: whether its datasets go elsewhere. They are not used.
+bench-libero: .venv-libero/installed
+	echo N | LIBERO_CONFIG_PATH=$(LIBERO_CONFIG_PATH) .venv-libero/bin/python -c "import libero.libero" > /dev/null
+	MUJOCO_GL=$(MUJOCO_GL) LIBERO_CONFIG_PATH=$(LIBERO_CONFIG_PATH) .venv-libero/bin/python $(RUN_BENCHMARK)
+
+.venv-robosuite/installed: constraints-5.txt
+.venv-libero/installed: constraints-4.txt
+
+# Without torchvision, which LIBERO's requirements bring and nothing here uses: a build of it for another torch than the
+# installed one makes transformers fail.
+.venv-robosuite/installed .venv-libero/installed: .venv-%/installed: requirements-%.txt requirements.txt requirements-evaluation.txt
+	$(PYTHON) -m venv .venv-$*
+	grep --no-filename --invert-match mujoco $(filter constraints-%,$^) > .venv-$*/constraints.txt
+	.venv-$*/bin/python -m pip install --quiet --constraint .venv-$*/constraints.txt torch
+	.venv-$*/bin/python -m pip install --quiet --constraint .venv-$*/constraints.txt --requirement requirements-$*.txt
+	.venv-$*/bin/python -m pip uninstall --quiet --yes torchvision
+	touch $@

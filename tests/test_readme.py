@@ -1,29 +1,58 @@
 """The commands of the README, as they stand."""
 
 import re
+import shlex
+import shutil
+import subprocess
+import sys
 
 import pytest
 import transformers
 from conftest import REPOSITORY
 
+from tabletop.record import Recording, record
+
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 PYTHON_BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+SHELL_BLOCKS = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
 
 
-def test_python_blocks_run_in_order(monkeypatch):
+@pytest.mark.slow
+def test_commands_run_in_order(tmp_path):
+    """All but those that install something, or ask the Hub."""
+    clone = tmp_path / "clone"
+    tracked = subprocess.run(["git", "ls-files"], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    for name in tracked.stdout.splitlines():
+        if not name.startswith("tests/"):
+            (clone / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(REPOSITORY / name, clone / name)
+    commands = [shlex.split(line, comments=True) for block in SHELL_BLOCKS for line in block.splitlines()]
+    commands = [command for command in commands if command[:1] == ["python"] and "openvla/openvla-7b" not in command]
+    assert len(commands) >= 6
+    for command in commands:
+        run = subprocess.run([sys.executable, *command[1:]], cwd=clone, capture_output=True, text=True)
+        assert run.returncode == 0, f"{shlex.join(command)}\n{run.stdout}\n{run.stderr}"
+    for made in ("results/results.json", "results/sheet.png", "open_loop/open_loop.png", "statistics.json"):
+        assert (clone / made).stat().st_size
+    assert list((clone / "pictures").glob("*.png"))
+
+
+def test_python_blocks_run_in_order(monkeypatch, tmp_path):
     """Where a block needs a class that this version of transformers lacks, the README says so above it."""
+    demonstrations = record(Recording(episodes=3, image_size=32), tmp_path / "demonstrations")
     monkeypatch.chdir(REPOSITORY)
     namespace: dict = {}
     ran = 0
     for block in PYTHON_BLOCKS:
         if "AutoModelForVision2Seq" in block and not hasattr(transformers, "AutoModelForVision2Seq"):
             continue
-        exec(block, namespace)
+        exec(block.replace('"demonstrations"', repr(str(demonstrations))), namespace)
         ran += 1
     assert ran >= 3
     assert namespace["action"].shape == (7,)
     assert namespace["output"].probabilities.shape == (2, 7, 256)
+    assert namespace["batch"]["pixel_values"].shape == (2, 6, 112, 112)
     trainable = [name for name, parameter in namespace["policy"].named_parameters() if parameter.requires_grad]
     assert trainable
     assert all(".lora_" in name for name in trainable)
@@ -53,6 +82,7 @@ def test_remote_code_imports_nothing_else(path):
     allowed = {
         "collections",
         "copy",
+        "functools",
         "dataclasses",
         "inspect",
         "json",
