@@ -92,6 +92,10 @@ class RaycastCamera:
         self.corners = centres + halves * _CORNERS[:, None]  # (8, G, 3), in the frame of each geometry
 
     def render(self, data: mujoco.MjData, camera: str) -> np.ndarray:
+        return self.render_with_geoms(data, camera)[0]
+
+    def render_with_geoms(self, data: mujoco.MjData, camera: str) -> tuple[np.ndarray, np.ndarray]:
+        """The picture, uint8 (S, S, 3), and the number of the geometry on each pixel, (S, S); -1 is the sky."""
         identity = self.model.camera(camera).id
         origin = data.cam_xpos[identity]
         axes = data.cam_xmat[identity].reshape(3, 3)  # the camera looks along its third axis, backwards
@@ -105,7 +109,8 @@ class RaycastCamera:
         colors = self.colors[geoms]
         colors *= brightness.astype(np.float32)[:, None]
         np.minimum(colors, 1.0, out=colors)
-        return np.uint8(colors * 255 + 0.5).reshape(self.size, self.size, 3)
+        picture = np.uint8(colors * 255 + 0.5).reshape(self.size, self.size, 3)
+        return picture, geoms.reshape(self.size, self.size)
 
     def close(self) -> None:
         self.directions.clear()

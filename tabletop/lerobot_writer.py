@@ -24,9 +24,11 @@ from .lerobot_statistics import image_histogram, image_statistics, vector_statis
 
 
 CAMERAS = {"observation.images.front": "image", "observation.images.wrist": "wrist_image"}
+_ACTION = ("x", "y", "z", "roll", "pitch", "yaw", "gripper")
 VECTORS = {
     "observation.state": ("x", "y", "z", "rx", "ry", "rz", "left_finger", "right_finger"),
-    "action": ("x", "y", "z", "roll", "pitch", "yaw", "gripper"),
+    "action": _ACTION,  # what was executed
+    "expert_action": _ACTION,  # what the expert would have done: to learn from
 }
 INDICES = ("frame_index", "episode_index", "index", "task_index")
 
@@ -53,7 +55,8 @@ def write_episode(path: Path, frames: list[dict], story: dict, video: bool) -> N
 
     Args:
         path (`Path`): The parquet file. Videos lie beside it.
-        frames (`list[dict]`): Observations of the environment, each with the `action` (7,) that followed it.
+        frames (`list[dict]`): Observations of the environment, each with the `action` (7,) that followed it, and the
+            `expert_action` (7,) that the expert would have taken.
         story (`dict`): What is to be known about the episode, with `episode_index` and `instruction`.
         video (`bool`): Whether pictures are kept as videos.
     """
@@ -64,7 +67,7 @@ def write_episode(path: Path, frames: list[dict], story: dict, video: bool) -> N
     else:
         columns = {key: _encode_all(frame[name] for frame in frames) for key, name in CAMERAS.items()}
     columns["observation.state"] = [frame["state"] for frame in frames]
-    columns["action"] = [frame["action"] for frame in frames]
+    columns |= {key: [frame[key] for frame in frames] for key in ("action", "expert_action")}
     histograms = {key: image_histogram(frame[name] for frame in frames).tolist() for key, name in CAMERAS.items()}
     notes = {"story": json.dumps(story), "histograms": json.dumps(histograms)}
     partial = _partial(path)

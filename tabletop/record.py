@@ -20,7 +20,7 @@ import av
 import numpy as np
 from tqdm import tqdm
 
-from .environment import TabletopEnv
+from .environment import CAMERAS, TabletopEnv
 from .expert import Expert
 from .lerobot_writer import VIDEO_ENCODER, assemble, write_episode
 from .scene import COLORS, SHAPES
@@ -46,6 +46,8 @@ class Recording:
         noise (`float`, defaults to 0.3): Of the expert; see [`Expert.noisy_action`].
         hold_out (`tuple[str]`): Colours, shapes or objects (`red cube`) that are never the target.
         randomize (`bool`, defaults to `False`): Vary cameras, light and colours from episode to episode.
+        cameras (`tuple[str]`, defaults to both): Of `image` and `wrist_image`, those to render; another one stays
+            black, which takes half the time.
         video (`bool`, defaults to `False`): Keep the pictures as H.264 videos, which are smaller and not exact; else
             as PNG.
 
@@ -61,6 +63,7 @@ class Recording:
     noise: float = 0.3
     hold_out: tuple[str, ...] = ()
     randomize: bool = False
+    cameras: tuple[str, ...] = tuple(CAMERAS)
     video: bool = False
 
     def __post_init__(self):
@@ -69,6 +72,8 @@ class Recording:
                 raise ValueError(f"`{name}` must be at least {least}, got {getattr(self, name)}.")
         if not self.tasks or set(self.tasks) - set(TASKS):
             raise ValueError(f"`tasks` must be among {list(TASKS)}, got {list(self.tasks)}.")
+        if not self.cameras or set(self.cameras) - set(CAMERAS):
+            raise ValueError(f"`cameras` must be among {list(CAMERAS)}, got {list(self.cameras)}.")
         if not self.noise >= MIN_NOISE:
             # No-ops are not executed: an expert that rests without noise, as its fingers close, would rest for ever.
             raise ValueError(f"`noise` must be at least {MIN_NOISE}, got {self.noise}.")
@@ -126,8 +131,8 @@ def demonstrate(
         noise (`float`): See [`Expert.noisy_action`].
 
     Returns:
-        `tuple[list[dict], str | None]`: Frames, each an observation with the `action` (7,) that followed it, and the
-        outcome (None: the expert came to rest).
+        `tuple[list[dict], str | None]`: Frames, each an observation with the `action` (7,) that followed it and the
+        `expert_action` (7,) without noise; the outcome (None: the expert came to rest).
     """
     expert, frames, previous = Expert(env), [], None
     while True:
@@ -135,7 +140,7 @@ def demonstrate(
         action = next((draw for draw in draws if not is_noop(draw, previous)), None)
         if action is None:
             return frames, None
-        frames.append({**observation, "action": action})
+        frames.append({**observation, "action": action, "expert_action": expert.action()})
         observation, _, terminated, truncated, info = env.step(action)
         previous = action
         if terminated or truncated:
@@ -149,7 +154,7 @@ def record_episode(recording: Recording, episode: int, path: Path) -> None:
     Raises:
         RuntimeError: If the expert failed a hundred times.
     """
-    env = TabletopEnv(image_size=recording.image_size, randomize=recording.randomize)
+    env = TabletopEnv(image_size=recording.image_size, randomize=recording.randomize, cameras=recording.cameras)
     for attempt in range(MAX_ATTEMPTS):
         seed, options, rng = draw_start(recording, episode, attempt)
         observation, _ = env.reset(seed=seed, options=options)
@@ -294,6 +299,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="colours, shapes or objects that are never the target: red, ball, 'blue cube'",
     )
     parser.add_argument("--randomize", action="store_true", help="vary cameras, light and colours")
+    parser.add_argument("--cameras", nargs="+", default=list(CAMERAS), help="to render; the others stay black")
     parser.add_argument("--video", action="store_true", help="pictures as MP4 (H.264) instead of PNG")
     parsed = parser.parse_args(arguments)
     parsed.error = parser.error
@@ -311,6 +317,7 @@ def main(arguments: list[str] | None = None) -> None:
             noise=parsed.noise,
             hold_out=tuple(parsed.hold_out),
             randomize=parsed.randomize,
+            cameras=tuple(parsed.cameras),
             video=parsed.video,
         )
         output = record(recording, parsed.output, parsed.num_workers)

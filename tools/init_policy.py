@@ -12,19 +12,23 @@ from load_policy import REPOSITORY, repository_class
 from transformers import PreTrainedTokenizerFast, set_seed
 
 
-IMAGE_SIZE = 112
-VIT = {"embed_dim": 64, "depth": 2, "num_heads": 4, "mlp_dim": 256, "image_size": IMAGE_SIZE, "output_block": -1}
+IMAGE_SIZE, PATCH_SIZE = 128, 16
+VIT = {
+    **{"embed_dim": 128, "depth": 4, "num_heads": 2, "mlp_dim": 512},
+    **{"image_size": IMAGE_SIZE, "patch_size": PATCH_SIZE, "output_block": -1},
+}
 TOWERS = [
     {**VIT, "class_token": True, "num_registers": 4, "layer_scale": True, "final_norm": False},
     {**VIT, "final_norm": False},
 ]
 LANGUAGE_MODEL = {
     "model_type": "llama",
-    "hidden_size": 128,
-    "intermediate_size": 384,
-    "num_hidden_layers": 2,
+    "hidden_size": 256,
+    "intermediate_size": 768,
+    "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
+    "initializer_range": 0.04,
 }
 
 
@@ -35,6 +39,18 @@ def make_statistics(dataset: str) -> dict[str, dict]:
     action = {**block, "mask": [True] * 6 + [False]}
     zeros = {name: [0.0] * 8 for name in block}
     return {dataset: {"action": action, "proprio": zeros, "num_transitions": 0, "num_trajectories": 0}}
+
+
+def position_embedding(grid: int, dim: int) -> torch.Tensor:
+    """
+    Sines and cosines of each patch's row and column, (1, grid * grid, dim): a tower that starts with them knows where
+    its patches are (the fixed embedding of MAE, https://arxiv.org/abs/2111.06377, here a start that is trained on).
+    """
+    frequencies = 10000.0 ** -(torch.arange(dim // 4) / (dim // 4))
+    angles = torch.arange(grid)[:, None] * frequencies  # (grid, dim / 4)
+    line = torch.cat([angles.sin(), angles.cos()], dim=1)  # (grid, dim / 2)
+    rows, columns = line[:, None].expand(-1, grid, -1), line[None].expand(grid, -1, -1)
+    return torch.cat([rows, columns], dim=2).reshape(1, grid * grid, dim)
 
 
 def write_policy(output_dir: Path, seed: int, dataset: str) -> None:
@@ -56,6 +72,8 @@ def write_policy(output_dir: Path, seed: int, dataset: str) -> None:
     )
     set_seed(seed)
     model = repository_class("OpenVLAForActionPrediction")(config)
+    for tower in model.vision_backbone.towers:
+        tower.pos_embed.data = position_embedding(IMAGE_SIZE // PATCH_SIZE, VIT["embed_dim"])
     for name, token_id in special.items():
         setattr(model.generation_config, name, token_id)
     image_processor = repository_class("OpenVLAImageProcessor")(
