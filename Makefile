@@ -1,9 +1,10 @@
 PYTHON ?= python3.11
 PYTEST ?= -m pytest -n 2 --dist loadfile
 
-.PHONY: help test test-all quality style clean
+.PHONY: help demo test test-all quality style clean
 
 help:
+	@echo "make demo      the policy of this repository at work, in an environment that it creates"
 	@echo "make test      quick tests on transformers 5, in an environment that it creates"
 	@echo "make test-all  every test on transformers 4.57 and on 5"
 	@echo "make quality   lint and formatting"
@@ -11,6 +12,17 @@ help:
 	@echo "make clean     remove environments and caches"
 	@echo "make bench-robosuite, make bench-libero"
 	@echo "               tests of the evaluator with these simulators, each in an environment of its own"
+
+# What the demo needs and no more.
+.venv-demo/installed: constraints-5.txt requirements.txt requirements-evaluation.txt requirements-data.txt requirements-tabletop.txt
+	@echo "Creating an environment in .venv-demo; PyTorch and its companions take a few minutes to arrive"
+	$(PYTHON) -m venv .venv-demo
+	.venv-demo/bin/python -m pip install --quiet --constraint constraints-5.txt torch
+	.venv-demo/bin/python -m pip install --quiet --constraint constraints-5.txt --requirement requirements.txt --requirement requirements-evaluation.txt
+	touch $@
+
+demo: .venv-demo/installed
+	.venv-demo/bin/python tools/demo.py --output_dir demo
 
 # One environment for each supported line of transformers: .venv-4 and .venv-5.
 .venv-%/installed: constraints-%.txt $(wildcard requirements*.txt)
@@ -35,7 +47,7 @@ style: .venv-5/installed
 	.venv-5/bin/ruff format .
 
 clean:
-	rm -rf .venv-4 .venv-5 .venv-robosuite .venv-libero .pytest_cache .ruff_cache .hypothesis
+	rm -rf demo .venv-demo .venv-4 .venv-5 .venv-robosuite .venv-libero .pytest_cache .ruff_cache .hypothesis
 
 # Benchmarks whose pins conflict with those above have environments of their own: .venv-robosuite and .venv-libero.
 MUJOCO_GL ?= osmesa

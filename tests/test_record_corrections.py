@@ -87,7 +87,16 @@ def test_command(tmp_path, monkeypatch, capsys):
 
 
 def test_unknown_object_is_a_message(tmp_path, monkeypatch, capsys):
-    arguments = ["--policy", str(REPOSITORY), "--episodes", "2", "--output", str(tmp_path / "new"), "--hold_out", "hat"]
+    arguments = [
+        "--policy",
+        str(REPOSITORY),
+        "--episodes",
+        "2",
+        "--output",
+        str(tmp_path / "new"),
+        "--hold_out",
+        "hat",
+    ]
     monkeypatch.setattr(sys, "argv", ["record_corrections.py", *arguments])
     with pytest.raises(SystemExit):
         module.main()
