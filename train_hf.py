@@ -29,15 +29,22 @@ A smoke test on a CPU, with the policy of this repository and data from the simu
     python -m tabletop.record --episodes 12 --image_size 112 --output tabletop_data
     python train_hf.py --model_name_or_path . --dataset tabletop_data --output_dir my_policy --max_steps 20
 
-A YAML or JSON file with the same names can come first; flags after it take precedence. Go on after an interruption
-with the same command and `--resume_from_checkpoint True`. `my_policy` is then a complete repository that the Auto
-classes load; its checkpoint-N folders are there to resume from.
+A YAML or JSON file with the same names can come first; flags after it take precedence. `my_policy` is then a complete
+repository that the Auto classes load; its checkpoint-N folders are there to resume from.
+
+Go on after an interruption with the same command and `--resume_from_checkpoint True`. In trackio, wandb and
+TensorBoard, named by `--report_to`, it is the same run, which then holds the steps since the last checkpoint twice.
+`--rollout_episodes 10` tries each saved policy in the simulated tabletop, while other processes wait: where that takes
+long, raise `--ddp_timeout`.
 """
 
 import importlib.util
 import logging
+import os
 import sys
-from collections.abc import Sequence
+import tempfile
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +53,12 @@ REPOSITORY = Path(__file__).resolve().parent
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tools")]
 
 import torch  # noqa: E402
-from accelerate import DistributedType, PartialState  # noqa: E402
+from accelerate import PartialState  # noqa: E402
+from accelerate.utils import parse_flag_from_env  # noqa: E402
 from convert_checkpoint import STATISTICS_NAME, Source  # noqa: E402
 from load_policy import load_policy, repository_class  # noqa: E402
 from peft import PeftModel, get_peft_model  # noqa: E402
-from transformers import PreTrainedModel, ProcessorMixin, set_seed  # noqa: E402
+from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback, set_seed  # noqa: E402
 
 from robot_data.mixture import Part  # noqa: E402
 from robot_data.statistics import compute_statistics  # noqa: E402
@@ -60,10 +68,12 @@ from training.arguments import (  # noqa: E402
     OpenVLATrainingArguments,
     parse_arguments,
 )
-from training.callbacks import OpenLoopCallback, PushCallback  # noqa: E402
+from training.callbacks import PushCallback  # noqa: E402
 from training.checkpoint import Repository, locate_checkpoint, write_json  # noqa: E402
-from training.data import make_data, open_parts, read_statistics  # noqa: E402
+from training.data import TrainingData, make_data, open_parts, read_statistics  # noqa: E402
 from training.modes import lora_config, prepare_quantized, quantization_config, select_trainable  # noqa: E402
+from training.processes import in_main_process  # noqa: E402
+from training.trackers import continue_trackers  # noqa: E402
 from training.trainer import OpenVLATrainer  # noqa: E402
 
 
@@ -84,23 +94,24 @@ def load_model(arguments: ModelArguments) -> tuple[PreTrainedModel | PeftModel, 
         ValueError: If the mode or a LoRA target does not fit the policy.
         OSError: If there is no such policy.
     """
-    config_class = repository_class("OpenVLAConfig")
-    config = config_class.from_pretrained(arguments.model_name_or_path, revision=arguments.model_revision)
-    saved_dtype = getattr(torch, str(config.dtype or "float32").removeprefix("torch."))
+    source, revision = arguments.model_name_or_path, arguments.model_revision
     quantization = quantization_config(
         arguments.load_in_4bit,
         arguments.load_in_8bit,
         bnb_4bit_quant_type=arguments.bnb_4bit_quant_type,
         use_bnb_nested_quant=arguments.use_bnb_nested_quant,
     )
-    dtype = _training_dtype(arguments, saved_dtype)
     options: dict[str, Any] = {"attn_implementation": arguments.attn_implementation}
     if quantization is not None:
         options |= {"quantization_config": quantization, "device_map": {"": PartialState().device}}
     options = {name: value for name, value in options.items() if value is not None}
-    model, processor = load_policy(
-        arguments.model_name_or_path, revision=arguments.model_revision, dtype=dtype, **options
-    )
+    try:
+        config = repository_class("OpenVLAConfig").from_pretrained(source, revision=revision)
+        saved_dtype = getattr(torch, str(config.dtype or "float32").removeprefix("torch."))
+        dtype = _training_dtype(arguments, saved_dtype)
+        model, processor = load_policy(source, revision=revision, dtype=dtype, **options)
+    except OSError as error:
+        raise OSError(f"--model_name_or_path {source} cannot be loaded: {str(error).splitlines()[0]}") from error
     if quantization is not None:
         prepare_quantized(model)
     return select_parameters(model, arguments), processor, saved_dtype
@@ -145,16 +156,33 @@ def prepare_statistics(
     if arguments.statistics is not None:
         return read_statistics(arguments.statistics, names)
     path = Path(training.output_dir) / STATISTICS_NAME
-    with training.main_process_first(desc="statistics"):
-        if training.should_save and not (checkpoint is not None and path.is_file()):
-            path.parent.mkdir(parents=True, exist_ok=True)
+
+    def compute() -> dict[str, dict]:
+        if checkpoint is None or not path.is_file():
             logger.info("Computing statistics of %s", ", ".join(names))
             write_json(path, {part.source.name: _compute(part, arguments) for part in parts})
-    return read_statistics(path, names)
+        return read_statistics(path, names)
+
+    return in_main_process("Computing statistics", compute)
 
 
 def _compute(part: Part, arguments: DataArguments) -> dict[str, Any]:
     return compute_statistics(part.source, part.config, skip_bad_episodes=arguments.skip_bad_episodes)
+
+
+def check_output_dir(output_dir: str) -> None:
+    """
+    Make the directory, and try to write into it.
+
+    Raises:
+        OSError: If that is not possible.
+    """
+    try:
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output_dir):
+            pass
+    except OSError as error:
+        raise OSError(f"--output_dir {output_dir} cannot be written to: {error}") from error
 
 
 def check_action_dimensions(model: PreTrainedModel, statistics: dict[str, dict]) -> None:
@@ -168,15 +196,16 @@ def check_action_dimensions(model: PreTrainedModel, statistics: dict[str, dict])
         raise ValueError(f"The policy's actions have {expected} dimensions, those of the datasets {sizes}.")
 
 
-def check_pictures(training: OpenVLATrainingArguments) -> None:
+def check_judging(flag: str, packages: Sequence[str], training: OpenVLATrainingArguments) -> None:
     """
     Raises:
-        ValueError: If `--plot_open_loop` cannot be followed.
+        ValueError: If a flag cannot be followed that has the policy judged while it is trained.
     """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("--plot_open_loop needs matplotlib: pip install matplotlib.")
-    if PartialState().distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED) or training.fsdp:
-        raise ValueError("--plot_open_loop needs the whole model in one process, which FSDP and DeepSpeed divide.")
+    if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
+        raise ValueError(f"{flag} needs {' and '.join(missing)}: pip install -r requirements-evaluation.txt.")
+    launched = any(parse_flag_from_env(f"ACCELERATE_USE_{kind}") for kind in ("FSDP", "DEEPSPEED"))
+    if launched or training.fsdp or training.deepspeed:
+        raise ValueError(f"{flag} needs the whole model in one process, which FSDP and DeepSpeed divide.")
 
 
 def warm_up(model: PreTrainedModel) -> None:
@@ -196,8 +225,12 @@ def set_up(
 ) -> tuple[OpenVLATrainer, Path | None]:
     """A trainer that is ready to train, and the checkpoint to resume from, if any."""
     checkpoint = locate_checkpoint(training.resume_from_checkpoint, training.output_dir)
+    continue_trackers(training, checkpoint, os.environ)
     if data_arguments.plot_open_loop:
-        check_pictures(training)
+        check_judging("--plot_open_loop", ("matplotlib", "gymnasium"), training)
+    if training.rollout_episodes:
+        check_judging("--rollout_episodes", ("mujoco", "gymnasium"), training)
+    check_output_dir(training.output_dir)
     set_seed(training.seed)
     parts = open_parts(data_arguments)
     model, processor, saved_dtype = load_model(model_arguments)
@@ -234,10 +267,27 @@ def set_up(
         datasets=data_arguments.dataset or [],
         settings=card_settings(model_arguments, data_arguments, training),
     )
-    trainer = OpenVLATrainer(model, training, data, repository)
-    if data_arguments.plot_open_loop:
-        trainer.add_callback(OpenLoopCallback(base_model, processor, data.curves, data_arguments.camera))
-    return trainer, checkpoint
+    callbacks, rollouts = make_judges(base_model, processor, data, data_arguments, training)
+    return OpenVLATrainer(model, training, data, repository, callbacks, rollouts), checkpoint
+
+
+def make_judges(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    data: TrainingData,
+    arguments: DataArguments,
+    training: OpenVLATrainingArguments,
+) -> tuple[list[TrainerCallback], Callable[[], dict[str, float]] | None]:
+    """What is asked for to judge the policy while it is trained: callbacks, and what is called before each save."""
+    if not arguments.plot_open_loop and not training.rollout_episodes:
+        return [], None
+    from training.judging import OpenLoopCallback, TabletopRollouts
+
+    pictures = OpenLoopCallback(model, processor, data.curves, arguments.camera)
+    return (
+        [pictures] if arguments.plot_open_loop else [],
+        TabletopRollouts(model, processor, training) if training.rollout_episodes else None,
+    )
 
 
 def card_settings(model: ModelArguments, data: DataArguments, training: OpenVLATrainingArguments) -> dict[str, Any]:
@@ -250,8 +300,11 @@ def card_settings(model: ModelArguments, data: DataArguments, training: OpenVLAT
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    # transformers 5 has other names; 4.57 knows these alone, and peft uses them.
+    warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", FutureWarning)
     model_arguments, data_arguments, training = parse_arguments(arguments)
-    logging.basicConfig(level=logging.INFO if training.should_log else logging.WARNING)
+    logging.basicConfig(level=logging.WARNING)
+    logger.setLevel(logging.INFO if training.should_log else logging.WARNING)
     trainer, checkpoint = set_up(model_arguments, data_arguments, training)
     size = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
     logger.info("Effective batch size %d", size)

@@ -82,6 +82,33 @@ def read_mixture(mixture: str | os.PathLike) -> dict[str, float]:
         raise ValueError(f"{text} must give a weight for each dataset by its name: {error}") from error
 
 
+def open_part(
+    location: str,
+    *,
+    name: str | None = None,
+    weight: float = 1.0,
+    num_steps: int | None = None,
+    entries: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Part:
+    """
+    A dataset with its description.
+
+    Args:
+        location (`str`): See [`open_source`].
+        name (`str`, *optional*): As in [`open_source`].
+        weight (`float`, defaults to 1.0), num_steps (`int`, *optional*): See [`Part`].
+        entries (`Mapping[str, Mapping]`, *optional*): By dataset, what is different in its description; see
+            [`config_for`].
+
+    Raises:
+        FileNotFoundError: If there is no such dataset.
+        ValueError: If it is empty, or its description does not fit.
+    """
+    source = open_source(location, name=name)
+    config = config_for(source.name, source.columns, source.images, (entries or {}).get(source.name))
+    return Part(source, config, weight, num_steps)
+
+
 def open_mixture(
     mixture: str | os.PathLike,
     root: str | os.PathLike,
@@ -107,12 +134,16 @@ def open_mixture(
     weights, entries, statistics = read_mixture(mixture), entries or {}, statistics or {}
     if unknown := sorted(set(entries) - set(weights)):
         raise ValueError(f"Descriptions are given of {unknown}; the mixture has {sorted(weights)}.")
-    parts = []
-    for name, weight in weights.items():
-        source = open_source(f"{os.fspath(root).rstrip('/')}/{name}", name=name)
-        config = config_for(name, source.columns, source.images, entries.get(name))
-        parts.append(Part(source, config, weight, statistics.get(name, {}).get("num_transitions")))
-    return parts
+    return [
+        open_part(
+            f"{os.fspath(root).rstrip('/')}/{name}",
+            name=name,
+            weight=weight,
+            num_steps=statistics.get(name, {}).get("num_transitions"),
+            entries=entries,
+        )
+        for name, weight in weights.items()
+    ]
 
 
 def probabilities(parts: Sequence[Part], balance: bool = True) -> list[float]:

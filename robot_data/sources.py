@@ -1,5 +1,6 @@
 """Opens robot data of any kind: a dataset's files, a table of the `datasets` library, episodes made in Python."""
 
+import bisect
 import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -325,3 +326,60 @@ def _choose_instruction(name: str, key: str | None, strings: list[str]) -> str |
     if key is not None and key not in strings:
         raise ValueError(f"{name} has no string {key!r} for an instruction; it has {strings}.")
     return key or next((key for key in INSTRUCTION_KEYS if key in strings), None)
+
+
+class JoinedSource:
+    """
+    Several datasets of one robot as one: with one description, one set of statistics, and each step as likely as any
+    other.
+
+    Args:
+        sources (`Sequence[Source]`): Opened by one name.
+
+    Raises:
+        ValueError: If they differ in name, columns or cameras.
+    """
+
+    def __init__(self, sources: Sequence[Source]):
+        self.name = sources[0].name
+        forms = [(source.name, sorted(source.columns), sorted(source.images)) for source in sources]
+        if different := [form for form in forms if form != forms[0]]:
+            raise ValueError(
+                "Datasets that are to be one must be alike in name, columns and cameras; got "
+                f"{forms[0]} and {different[0]}."
+            )
+        self._sources = tuple(sources)
+
+    @property
+    def num_units(self) -> int:
+        return sum(source.num_units for source in self._sources)
+
+    @property
+    def columns(self) -> list[str]:
+        return self._sources[0].columns
+
+    @property
+    def images(self) -> list[str]:
+        return self._sources[0].images
+
+    @property
+    def num_steps(self) -> int | None:
+        return _total(source.num_steps for source in self._sources)
+
+    @property
+    def num_episodes(self) -> int | None:
+        return _total(source.num_episodes for source in self._sources)
+
+    def read(
+        self, unit: int, columns: Sequence[str] | None = None, images: Sequence[str] | None = None
+    ) -> Iterator[RawEpisode]:
+        """See [`Source.read`]. An episode's `index` is that within its own dataset; `file` tells which."""
+        check_unit(self, unit)
+        ends = list(itertools.accumulate(source.num_units for source in self._sources))
+        number = bisect.bisect_right(ends, unit)
+        return self._sources[number].read(unit - [0, *ends][number], columns, images)
+
+
+def _total(counts: Iterable[int | None]) -> int | None:
+    counts = list(counts)
+    return None if None in counts else sum(counts)

@@ -33,7 +33,7 @@ from PIL import Image
 from robot_data.episode import BadEpisodeError, RawEpisode
 from robot_data.files import OPEN_FILES, Files, Handles
 from robot_data.reading import read_raw
-from robot_data.sources import open_source
+from robot_data.sources import JoinedSource, open_source
 from robot_data.tfrecord import masked_crc32c, parse_example, scan_records
 from tabletop.record import Recording, record
 
@@ -202,6 +202,32 @@ def test_the_recorders_datasets_are_read_back(tmp_path):
     for camera in (FRONT, WRIST):
         pictures = [picture for episode in episodes for picture in episode.images[camera]]
         assert pictures == [picture["bytes"] for picture in table[camera].to_pylist()]
+
+
+def test_datasets_are_read_as_one(tmp_path):
+    paths = [record(Recording(episodes=count, image_size=16, seed=count), tmp_path / str(count)) for count in (2, 3)]
+    parts = [open_source(path, name="all") for path in paths]
+    source = JoinedSource(parts)
+    assert (source.name, source.num_units, source.num_episodes) == ("all", 5, 5)
+    assert source.num_steps == sum(part.num_steps for part in parts)
+    assert (source.columns, source.images) == (parts[0].columns, parts[0].images)
+    joined, own = read_all(source), [episode for part in parts for episode in read_all(part)]
+    assert [(each.file, each.index, each.instructions) for each in joined] == [
+        (each.file, each.index, each.instructions) for each in own
+    ]
+    for each, expected in zip(joined, own, strict=True):
+        np.testing.assert_array_equal(each.columns["action"], expected.columns["action"])
+    with pytest.raises(IndexError, match="all has units 0 to 4, got 5"):
+        source.read(5)
+
+
+def test_datasets_that_differ_are_not_one(tmp_path):
+    pictures = open_source(LEROBOT / "v30_images", name="all")
+    recorded = record(Recording(episodes=1, image_size=16), tmp_path / "recorded")
+    with pytest.raises(ValueError, match="alike in name, columns and cameras; got"):
+        JoinedSource([pictures, open_source(recorded, name="all")])
+    with pytest.raises(ValueError, match="alike in name"):
+        JoinedSource([pictures, open_source(LEROBOT / "v30_images", name="other")])
 
 
 # Which rows are read
@@ -935,7 +961,7 @@ def test_only_the_part_of_a_video_that_holds_the_episode_is_fetched(remote, tmp_
 
 HUB = """
 import sys
-from robot_data.sources import open_source
+from robot_data.sources import JoinedSource, open_source
 for name, options in (("hf://datasets/org/images", {}), ("org/images@v1", {}), ("org/images", {"revision": "v1"})):
     source = open_source(name, token=sys.argv[1], **options)
     steps = sum(len(p) for unit in range(source.num_units) for e in source.read(unit) for p in e.images.values())

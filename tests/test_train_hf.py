@@ -1,19 +1,28 @@
 # Copyright 2026 The OpenVLA repository authors. Licensed under the Apache License, Version 2.0.
 """Fine-tuning from the command line: what is written, exact resumption, the loss and its gradients, bad input."""
 
+import importlib.util
 import json
 import os
+import random
+import re
+import resource
+import shlex
 import shutil
+import socket
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
 from conftest import GOLDEN, REPOSITORY, load_golden
 from hub_server import HubServer
 from load_policy import repository_class
@@ -23,11 +32,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import train_hf
+from evaluation.policies import ExpertPolicy, ModelPolicy
 from robot_data.reading import iter_episodes
 from tabletop.record import Recording, record
-from training.arguments import parse_arguments
-from training.checkpoint import find_checkpoints, locate_checkpoint
+from training.arguments import DataArguments, parse_arguments
+from training.checkpoint import Repository, find_checkpoints, locate_checkpoint
 from training.data import open_parts
+from training.trackers import continue_trackers, save_tracker_run
+from training.trainer import OpenVLATrainer
 
 
 pytestmark = [
@@ -178,6 +190,21 @@ class TestResume:
         assert epochs[0] == epochs[1]
         assert not (tmp_path / "_partial").exists()
 
+    def test_between_two_lines_of_the_log(self, recorded, tmp_path):
+        """The first line after a resume also covers the steps since the last one before it."""
+        whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+        more = ("--logging_steps", "2", "--gradient_accumulation_steps", "2", "--max_steps", "6")
+        train_hf.main(flags(recorded, whole, *more))
+        shutil.copytree(whole / "checkpoint-3", resumed / "checkpoint-3")
+        train_hf.main(flags(recorded, resumed, *more, "--resume_from_checkpoint", "True"))
+        assert losses(resumed) == losses(whole)
+        assert sorted(losses(whole)) == [2, 4, 6]
+        accuracies = [
+            [entry["action_accuracy"] for entry in history(path / "checkpoint-6") if "loss" in entry]
+            for path in (resumed, whole)
+        ]
+        assert accuracies[0] == accuracies[1]
+
     def test_without_the_streams_place(self, run, recorded, tmp_path):
         shutil.copytree(run[1] / "checkpoint-3", tmp_path / "checkpoint-3")
         (tmp_path / "checkpoint-3" / "data_stream_0.json").unlink()
@@ -204,6 +231,150 @@ class TestResume:
         assert locate_checkpoint("True", tmp_path).name == "checkpoint-100"
         with pytest.raises(ValueError, match="checkpoints of another run, up to checkpoint-100"):
             locate_checkpoint(None, tmp_path)
+
+
+# Stand-ins for the packages of trackers: they write down where a run would go.
+TRACKERS = {
+    "wandb": """
+import os, sys, types
+run = None
+config = type("Config", (dict,), {"update": lambda self, values, **options: None})()
+errors = types.ModuleType("wandb.sdk.lib.config_util")
+errors.ConfigError = ValueError
+sys.modules["wandb.sdk"] = sys.modules["wandb.sdk.lib"] = types.ModuleType("wandb.sdk")
+sys.modules["wandb.sdk.lib.config_util"] = errors
+__path__ = []
+def init(name, **options):
+    global run
+    run = types.SimpleNamespace(id=os.environ["WANDB_RUN_ID"], summary={}, _label=lambda **options: None)
+    with open(os.environ["TRACKED"], "a") as file:
+        print("wandb", name, run.id, os.environ["WANDB_RESUME"], file=file)
+def log(values):
+    pass
+""",
+    "trackio": """
+import os, types
+__version__ = "0.20"
+config = type("Config", (dict,), {"update": lambda self, values, **options: None})()
+variable = types.SimpleNamespace(get=lambda: None)
+context_vars = types.SimpleNamespace(current_space_id=variable, current_project=variable)
+def init(name, resume, **options):
+    with open(os.environ["TRACKED"], "a") as file:
+        print("trackio", name, resume, file=file)
+def log(values):
+    pass
+def finish():
+    pass
+""",
+    "tensorboardX": """
+import os
+class SummaryWriter:
+    def __init__(self, log_dir):
+        with open(os.environ["TRACKED"], "a") as file:
+            print("tensorboard", log_dir, file=file)
+    def add_text(self, *args):
+        pass
+    add_scalar = add_text
+    def flush(self):
+        pass
+    close = flush
+""",
+}
+
+
+class TestTrackers:
+    @pytest.mark.slow
+    def test_a_resumed_run_is_the_same_run(self, recorded, tmp_path):
+        """As it reaches the trackers through Trainer's own callbacks."""
+        for name, code in TRACKERS.items():
+            (tmp_path / "packages" / name).mkdir(parents=True)
+            (tmp_path / "packages" / name / "__init__.py").write_text(code)
+        clean = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "TENSORBOARD_"))}
+        path = os.pathsep.join([str(tmp_path / "packages"), str(REPOSITORY)])
+        tracked, runs = tmp_path / "tracked", []
+        for more in (("--max_steps", "1"), ("--max_steps", "2", "--resume_from_checkpoint", "True")):
+            command = flags(recorded, tmp_path / "out", *more, *LORA, "--gradient_checkpointing", "True")
+            command += ["--report_to", "wandb", "trackio", "tensorboard"]
+            done = subprocess.run(
+                [sys.executable, str(REPOSITORY / "train_hf.py"), *command],
+                env={**clean, "PYTHONPATH": path, "TRACKED": str(tracked)},
+                capture_output=True,
+                text=True,
+            )
+            assert done.returncode == 0, done.stderr[-3000:]
+            assert "Warning:" not in done.stderr  # nothing that the user cannot change
+            runs.append(sorted(tracked.read_text().splitlines()))
+            tracked.unlink()
+        assert runs[0] == runs[1]
+        tensorboard, trackio, wandb = (line.split() for line in runs[0])
+        assert tensorboard == ["tensorboard", str(tmp_path / "out" / "runs")]
+        assert trackio == ["trackio", wandb[1], "allow"]
+        assert wandb == ["wandb", f"out-{wandb[2]}", wandb[2], "allow"]
+
+    def test_names(self, tmp_path):
+        def named(checkpoint: Path | None, environment: dict[str, str], *more: str):
+            training = parse_arguments(flags(tmp_path, tmp_path / "out", *more))[2]
+            continue_trackers(training, checkpoint, environment)
+            return training
+
+        first, other = named(None, {}), named(None, {})
+        assert first.run_name == f"out-{first.run_id}"
+        assert first.run_id != other.run_id
+        save_tracker_run(first, tmp_path)
+        again = named(tmp_path, {})
+        assert (again.run_id, again.run_name) == (first.run_id, first.run_name)
+        given = named(tmp_path, {"WANDB_RUN_ID": "mine"}, "--run_name", "arms")
+        assert (given.run_id, given.run_name) == ("mine", "arms")
+        assert named(tmp_path / "older", {}).run_id not in (first.run_id, other.run_id)
+
+
+class TestFullDisk:
+    """A limit on the size of files stands in for the disk: the system itself refuses to write on."""
+
+    @pytest.fixture
+    def limit(self):
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+        def set_limit(size: int = soft) -> None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+
+        yield set_limit
+        set_limit()
+
+    @pytest.mark.parametrize("run", ["full"], indirect=True)
+    @pytest.mark.parametrize(
+        ("owner", "method", "what", "kept"),
+        [
+            (OpenVLATrainer, "_save_checkpoint", "checkpoint-6", ["checkpoint-3"]),
+            (OpenVLATrainer, "_save_optimizer_and_scheduler", "checkpoint-6", ["checkpoint-3"]),
+            (Repository, "write", "the repository", ["checkpoint-3", "checkpoint-6"]),
+        ],
+        ids=["weights", "optimizer", "repository"],
+    )
+    def test_what_was_saved_before_stays(self, run, recorded, tmp_path, limit, monkeypatch, owner, method, what, kept):
+        wrapped, weights = getattr(owner, method), []
+
+        def at_the_limit(*args, **kwargs):
+            if (tmp_path / "checkpoint-3").exists() and (tmp_path / "model.safetensors").exists():
+                weights.append((tmp_path / "model.safetensors").read_bytes())
+                limit(2**20)
+            return wrapped(*args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, method, at_the_limit)
+            message = (
+                rf"^{what} could not be written into {tmp_path}, where \d+ MiB were free\. {kept[-1]} is complete: "
+            )
+            with pytest.raises(OSError, match=message):
+                train_hf.main(flags(recorded, tmp_path))
+        limit()
+        assert [path.name for path in find_checkpoints(tmp_path)] == kept
+        assert not (tmp_path / "_partial").exists()
+        assert (tmp_path / "model.safetensors").read_bytes() == weights[0]
+        assert AutoModelForImageTextToText.from_pretrained(tmp_path, trust_remote_code=True)
+        train_hf.main(flags(recorded, tmp_path, "--resume_from_checkpoint", "True"))
+        assert losses(tmp_path) == losses(run[1])
+        assert (tmp_path / "model.safetensors").read_bytes() == (run[1] / "model.safetensors").read_bytes()
 
 
 # Kills itself in the middle of something, the second time that it comes there.
@@ -390,6 +561,30 @@ class TestData:
         with pytest.raises(ValueError, match=r"no statistics of \['tabletop'\]; it has \['other'\]"):
             self.set_up(recorded, tmp_path / "out", "--statistics", str(path))
 
+    def test_several_datasets_as_one(self, recorded, tmp_path):
+        """One set of statistics over all of them, under the name that was given, and steps of all."""
+        more = record(Recording(episodes=4, image_size=32, seed=9), tmp_path / "more")
+        config = tmp_path / "configs.yaml"
+        config.write_text(yaml.safe_dump({"both": {"action": ["expert_action"]}}))
+        given = ("--unnorm_key", "both", "--dataset_configs", str(config), "--validation_episodes", "0")
+        trainer = self.set_up(recorded, tmp_path / "out", "--dataset", str(recorded), str(more), *given)
+        (statistics,) = trainer.model.norm_stats.values()
+        assert list(trainer.model.norm_stats) == ["both"]
+        tables = [pq.read_table(each / "data/chunk-000/file-000.parquet") for each in (recorded, more)]
+        actions = np.concatenate([np.array(table["expert_action"].to_pylist(), np.float32) for table in tables])
+        assert statistics["num_transitions"] == len(actions)
+        assert statistics["num_trajectories"] == 14
+        np.testing.assert_array_equal(statistics["action"]["max"], actions.max(axis=0))
+        names = [name for _, batch in zip(range(400), trainer.loader, strict=False) for name in batch["names"]]
+        assert {int(name.split()[2]) for name in names} == set(range(10))
+        assert all(name.startswith("both episode") for name in names)
+
+    def test_one_dataset_of_all_has_no_weights(self, recorded, tmp_path):
+        with pytest.raises(ValueError, match="every step counts alike: leave out =weight"):
+            self.set_up(recorded, tmp_path, "--dataset", f"{recorded}=2", str(recorded), "--unnorm_key", "both")
+        with pytest.raises(ValueError, match="--unnorm_key goes with --dataset"):
+            DataArguments(mixture="bridge", unnorm_key="both")
+
     def test_tasks_by_pattern(self, recorded, tmp_path):
         told = {}
         for name, more in {
@@ -414,6 +609,21 @@ class TestData:
         assert trainer.loader._streams[0].probabilities == pytest.approx([0.25, 0.75])
         assert sorted(trainer.model.norm_stats) == ["first", "second"]
 
+    @pytest.mark.parametrize("source", ["dataset", "mixture"])
+    def test_descriptions(self, recorded, tmp_path, source):
+        path = tmp_path / "descriptions.yaml"
+        arguments = ["--model_name_or_path", ".", "--output_dir", str(tmp_path), "--dataset_configs", str(path)]
+        arguments += ["--dataset", str(recorded)] if source == "dataset" else ["--mixture", str(tmp_path / "one.yaml")]
+        arguments += ["--data_root", str(recorded.parent)] if source == "mixture" else []
+        (tmp_path / "one.yaml").write_text("{tabletop: 2.0}")
+        path.write_text("{tabletop: {cameras: {primary: observation.images.wrist}}}")
+        (part,) = open_parts(parse_arguments(arguments)[1])
+        assert dict(part.config.cameras) == {"primary": ("observation.images.wrist",)}
+        assert part.weight == (2.0 if source == "mixture" else 1.0)
+        path.write_text("{other: {}}")
+        with pytest.raises(ValueError, match="'other'"):
+            open_parts(parse_arguments(arguments)[1])
+
     def test_weights_of_datasets(self, recorded, tmp_path):
         shutil.copytree(recorded, tmp_path / "other")
         arguments = flags(recorded, tmp_path / "out", "--balance", "False")
@@ -427,6 +637,15 @@ class TestData:
             self.set_up(recorded, tmp_path, "--camera", "overhead")
         with pytest.raises(FileNotFoundError, match="nowhere"):
             self.set_up(tmp_path / "nowhere", tmp_path)
+
+    def test_no_such_policy(self, recorded, tmp_path):
+        with pytest.raises(OSError, match=r"^--model_name_or_path no/such-policy cannot be loaded: \S.*\S$"):
+            self.set_up(recorded, tmp_path, "--model_name_or_path", "no/such-policy")
+
+    def test_output_that_cannot_be_written(self, recorded, tmp_path):
+        (tmp_path / "file").touch()
+        with pytest.raises(OSError, match=r"^--output_dir .*/file/out cannot be written to: .*Not a directory"):
+            self.set_up(recorded, tmp_path / "file" / "out")
 
     def test_other_action_dimension(self):
         model = SimpleNamespace(config=SimpleNamespace(action_dim=7))
@@ -443,6 +662,107 @@ def test_open_loop_pictures(recorded, tmp_path):
     assert pictures == ["tabletop-step-1.png", "tabletop-step-2.png"]
     with Image.open(tmp_path / "open_loop" / pictures[0]) as picture:
         assert min(picture.size) > 400
+
+
+class TestRollouts:
+    FLAGS = ("--rollout_episodes", "2", "--rollout_tasks", "pick", "push")
+
+    @pytest.fixture
+    def expert(self, monkeypatch):
+        """Has the expert act for the policy, and draw random numbers of every kind besides."""
+
+        def act(policy, runs):
+            assert not any(module.training for module in policy.model.modules())
+            torch.rand(3), np.random.rand(3), random.random()
+            return ExpertPolicy().act(runs)
+
+        monkeypatch.setattr(ModelPolicy, "act", act)
+
+    def rollouts(self, output: Path) -> dict[int, dict]:
+        entries = history(find_checkpoints(output)[-1])
+        return {
+            entry["step"]: {name: value for name, value in entry.items() if name.startswith("rollout_")}
+            for entry in entries
+            if "rollout_success" in entry
+        }
+
+    @pytest.mark.parametrize("mode", [(), (*LORA, "--lora_dropout", "0.2")], ids=["full", "lora"])
+    def test_disturb_nothing(self, recorded, tmp_path, expert, mode):
+        """Training goes on as without them, to the bit, also when it resumes; dropout draws in it."""
+        plain, whole, resumed = (tmp_path / name for name in ("plain", "whole", "resumed"))
+        train_hf.main(flags(recorded, plain, *mode))
+        train_hf.main(flags(recorded, whole, *mode, *self.FLAGS))
+        shutil.copytree(whole / "checkpoint-3", resumed / "checkpoint-3")
+        train_hf.main(flags(recorded, resumed, *mode, *self.FLAGS, "--resume_from_checkpoint", "True"))
+        success = {"rollout_success": 1.0, "rollout_success_pick": 1.0, "rollout_success_push": 1.0}
+        for output in (whole, resumed):
+            assert losses(output) == losses(plain)
+            assert (output / "model.safetensors").read_bytes() == (plain / "model.safetensors").read_bytes()
+            assert self.rollouts(output) == {3: success, 6: success}
+            assert "| rollout_success_push | 1 |" in (output / "README.md").read_text()
+        states = [torch.load(path / "checkpoint-6" / "rng_state.pth", weights_only=False) for path in (plain, whole)]
+        assert torch.equal(states[0]["cpu"], states[1]["cpu"])
+        assert states[0]["python"] == states[1]["python"]
+        assert states[0]["numpy"][2] == states[1]["numpy"][2]
+        assert np.array_equal(states[0]["numpy"][1], states[1]["numpy"][1])
+
+    def test_the_model_itself_acts_in_the_same_scenes(self, recorded, tmp_path, monkeypatch):
+        more = (*LORA, "--gradient_checkpointing", "True", "--per_device_eval_batch_size", "2")
+        trainer, _ = train_hf.set_up(*parse_arguments(flags(recorded, tmp_path, *self.FLAGS, *more)))
+        trainer.model.train()
+        trainer.model.get_base_model().vision_backbone.eval()
+        modes = [module.training for module in trainer.model.modules()]
+        asked, predict = [], ModelPolicy.predict
+
+        def remember(policy, instructions, images):
+            actions = predict(policy, instructions, images)
+            asked.append((instructions, np.stack(images), actions))
+            return actions
+
+        monkeypatch.setattr(ModelPolicy, "predict", remember)
+        assert trainer.rollouts() == trainer.rollouts()
+        assert [module.training for module in trainer.model.modules()] == modes
+        first, again = asked[: len(asked) // 2], asked[len(asked) // 2 :]
+        assert len(first[0][0]) == 2  # side by side
+        for one, other in zip(first, again, strict=True):
+            assert one[0] == other[0]
+            assert np.array_equal(one[1], other[1])
+            assert np.array_equal(one[2], other[2])
+
+    @pytest.mark.parametrize(
+        ("more", "pattern"),
+        [
+            (("--rollout_tasks", "juggle"), r"\['juggle'\] are unknown; known: \['pick'"),
+            (("--rollout_unnorm_key", "other"), "other.*tabletop"),
+            (("--rollout_episodes", "-1"), "must not be negative"),
+            (("--rollout_seed", "-1"), "must not be negative"),
+            (("--rollout_episodes", "0"), "need --rollout_episodes"),
+        ],
+        ids=str,
+    )
+    def test_refused(self, recorded, tmp_path, more, pattern):
+        with pytest.raises(ValueError, match=pattern):
+            train_hf.set_up(*parse_arguments(flags(recorded, tmp_path, *self.FLAGS, *more)))
+
+    @pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
+    @pytest.mark.parametrize("flag", ["--rollout_episodes", "--plot_open_loop"])
+    def test_a_divided_model_is_refused(self, recorded, tmp_path, monkeypatch, kind, flag):
+        arguments = parse_arguments(flags(recorded, tmp_path, flag, "1"))
+        monkeypatch.setenv(f"ACCELERATE_USE_{kind}", "true")  # as `accelerate launch` does
+        with pytest.raises(ValueError, match=rf"{flag} needs the whole model in one process"):
+            train_hf.set_up(*arguments)
+
+    @pytest.mark.parametrize("package", ["mujoco", "gymnasium"])
+    def test_a_missing_simulator_is_refused(self, recorded, tmp_path, monkeypatch, package):
+        find_spec = importlib.util.find_spec
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else find_spec(name))
+        with pytest.raises(ValueError, match=rf"--rollout_episodes needs {package}: pip install -r requirements-eval"):
+            train_hf.set_up(*parse_arguments(flags(recorded, tmp_path, "--rollout_episodes", "1")))
+
+    def test_training_alone_needs_no_simulator(self):
+        """The packages of the evaluator are imported when they are asked for."""
+        code = "import sys, train_hf; assert not {'gymnasium', 'mujoco', 'matplotlib'} & sys.modules.keys()"
+        subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True)
 
 
 class TestPush:
@@ -519,18 +839,50 @@ def test_two_processes(recorded, tmp_path, mode):
     one, two = tmp_path / "one", tmp_path / "two"
     more = (*mode, "--use_cpu", "True", "--max_grad_norm", "1", "--learning_rate", "1e-4")
     train_hf.main(flags(recorded, one, *more, "--dataloader_num_workers", "2", "--gradient_accumulation_steps", "2"))
+    rollouts = ("--rollout_episodes", "1", "--rollout_tasks", "push")  # by one process, while the other waits
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launch, str(REPOSITORY / "train_hf.py"), *flags(recorded, two, *more)]
+    command = [*launch, str(REPOSITORY / "train_hf.py"), *flags(recorded, two, *more, *rollouts)]
     done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("model.safetensors: merged") == (2 if mode else 0)  # by one process, once per save
     assert list(losses(two).values()) == pytest.approx(list(losses(one).values()), rel=1e-5)
     assert (two / "checkpoint-6" / "data_stream_1.json").is_file()
+    assert sum("rollout_success_push" in entry for entry in history(two / "checkpoint-6")) == 2
     evaluations = [next(e for e in history(path / "checkpoint-6") if "eval_loss" in e) for path in (one, two)]
     names = ("eval_loss", "eval_action_accuracy", "eval_tabletop/l1/x")
     assert [evaluations[1][name] for name in names] == pytest.approx(
         [evaluations[0][name] for name in names], rel=1e-5
     )
+
+
+FAILING = """
+import sys
+import train_hf
+def compute_statistics(*args, **kwargs):
+    raise ValueError("the joints of episode 3 are missing")
+train_hf.compute_statistics = compute_statistics
+train_hf.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+def test_every_process_stops_with_the_cause(recorded, tmp_path):
+    """What fails in the one process that computes the statistics ends the others, too, which say why."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, "-c", FAILING, *flags(recorded, tmp_path, "--use_cpu", "True")]
+    processes = [
+        subprocess.Popen(
+            command, env={**os.environ, **shared, "RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE, text=True
+        )
+        for rank in "01"
+    ]
+    errors = [process.communicate()[1] for process in processes]
+    assert [process.returncode for process in processes] == [1, 1]
+    assert "ValueError: the joints of episode 3 are missing" in errors[0]
+    assert "RuntimeError: Computing statistics failed in the main process: ValueError: the joints of ep" in errors[1]
 
 
 @pytest.mark.slow
@@ -586,7 +938,45 @@ class TestArguments:
         assert training.get_warmup_steps(200) == steps
 
 
+def commands(text: str) -> list[list[str]]:
+    """The words of each indented command of a text."""
+    lines = re.findall(r"^    ((?:.*\\\n)*.*)$", text, flags=re.MULTILINE)
+    return [shlex.split(line.replace("\\\n", " ")) for line in lines]
+
+
+class TestDocumentation:
+    def test_commands_are_valid(self, monkeypatch):
+        monkeypatch.chdir(REPOSITORY)
+        launched = [command for command in commands(train_hf.__doc__) if "train_hf.py" in command]
+        assert len(launched) == 5
+        for command in launched:
+            place = command.index("train_hf.py")
+            if command[0] == "accelerate":
+                words = [{"$NODE": "1", "$FIRST_NODE": "10.0.0.1"}.get(word, word) for word in command[2:]]
+                launcher = launch_command_parser().parse_args(words)
+                assert load_config_from_file(launcher.config_file)
+                assert launcher.training_script == "train_hf.py"
+            else:
+                assert command[:place] == ["python"]
+            # The machine of the tests may have no bfloat16.
+            parse_arguments([*command[place + 1 :], "--bf16", "False", "--use_cpu", "True"])
+
+    def test_flags_in_the_text_exist(self):
+        names = {
+            field.name for arguments in parse_arguments(flags(Path("a"), Path("b"))) for field in fields(arguments)
+        }
+        told = set(re.findall(r"`--(\w+)", train_hf.__doc__))
+        assert {"resume_from_checkpoint", "rollout_episodes"} <= told <= names
+
+
 PRISMATIC_13B = {"llm_backbone_id": "llama2-13b-pure"}
+# HuggingFaceTB/SmolLM2-360M, by its config.json, with 64 rows more.
+SMOLLM2_360M = {
+    **{"model_type": "llama", "hidden_size": 960, "intermediate_size": 2560, "num_hidden_layers": 32},
+    **{"num_attention_heads": 15, "num_key_value_heads": 5, "head_dim": 64, "tie_word_embeddings": True},
+    **{"vocab_size": 49216, "pad_token_id": 49152},
+}
+SMALL_LM = {"llm_backbone_id": None, "text_config": SMOLLM2_360M, "closing_token_id": None, "pad_token_id": 49152}
 # What each recipe starts from, and how many parameters it trains.
 RECIPES = {
     "openvla_lora": ({}, 107_862_016),
@@ -594,6 +984,7 @@ RECIPES = {
     "open_x_pretraining": ({}, 7_498_156_704),
     "prismatic_13b_lora": (PRISMATIC_13B, None),
     "tabletop_from_scratch": (None, None),
+    "small_language_model": (SMALL_LM, 1_121_022_208 - 43_080_480),
 }
 
 

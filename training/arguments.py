@@ -67,6 +67,10 @@ class DataArguments:
         default=None,
         metadata={"help": "Directories, URLs or Hub ids of LeRobot or RLDS datasets, each perhaps with =weight."},
     )
+    unnorm_key: str | None = field(
+        default=None,
+        metadata={"help": "Train on all of --dataset as one, of this name and with one set of statistics."},
+    )
     mixture: str | None = field(
         default=None,
         metadata={"help": "Instead of --dataset: a name of robot_data/mixtures.yaml, or a YAML file {name: weight}."},
@@ -113,6 +117,8 @@ class DataArguments:
     def __post_init__(self):
         if (self.dataset is None) == (self.mixture is None):
             raise ValueError("Give exactly one of --dataset and --mixture.")
+        if self.unnorm_key is not None and self.dataset is None:
+            raise ValueError("--unnorm_key goes with --dataset: the datasets of a mixture keep their names.")
         if self.image_augmentation not in AUGMENTATIONS:
             raise ValueError(
                 f"--image_augmentation must be one of {list(AUGMENTATIONS)}, got {self.image_augmentation!r}."
@@ -139,10 +145,35 @@ class OpenVLATrainingArguments(TrainingArguments):
     per_device_eval_batch_size: int = field(default=16, metadata={"help": "Steps in a batch of validation."})
     save_steps: float = field(default=500, metadata={"help": "Steps between two checkpoints."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep, the newest."})
-    report_to: str = field(default="none", metadata={"help": "Trackers: none, trackio, wandb, tensorboard, all."})
+    report_to: list[str] = field(
+        default_factory=lambda: ["none"], metadata={"help": "Trackers: none, trackio, wandb, tensorboard, all."}
+    )
     gradient_checkpointing_kwargs: dict | str | None = field(
         default_factory=lambda: dict(GRADIENT_CHECKPOINTING_KWARGS),
         metadata={"help": "Re-entrant checkpointing would lose gradients of adapters in the towers."},
+    )
+    run_id: str | None = field(
+        default=None, metadata={"help": "Of wandb's run. By default that of the checkpoint, or a new one."}
+    )
+    logging_dir: str | None = field(
+        default=None, metadata={"help": "Where TensorBoard's files are written; by default OUTPUT_DIR/runs."}
+    )
+    rollout_episodes: int = field(
+        default=0,
+        metadata={
+            "help": "At each save, roll the policy out in the tabletop, so many episodes of each task; 0: none."
+        },
+    )
+    rollout_tasks: list[str] | None = field(default=None, metadata={"help": "By default all tasks of the tabletop."})
+    rollout_seed: int = field(
+        default=10_000,
+        metadata={
+            "help": "Of the first episode of each task. The default is far from the one of tools/evaluate_policy.py: "
+            "a policy is not to be chosen by the scenes that it is judged by."
+        },
+    )
+    rollout_unnorm_key: str | None = field(
+        default=None, metadata={"help": "Dataset whose statistics scale the actions, where there are several."}
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Steps have no columns."})
     ignore_data_skip: bool = field(default=True, metadata={"help": "The stream itself goes on where it was."})
@@ -152,12 +183,24 @@ class OpenVLATrainingArguments(TrainingArguments):
             raise ValueError("--output_dir is missing.")
         if self.remove_unused_columns or not self.ignore_data_skip:
             raise ValueError("`remove_unused_columns` must stay false and `ignore_data_skip` true: see robot_data.")
+        self._check_rollouts()
+        if self.logging_dir is None:
+            self.logging_dir = str(Path(self.output_dir) / "runs")
         # transformers 4.57 takes only whole steps here.
         warmup_steps, self.warmup_steps = self.warmup_steps, 0
         super().__post_init__()
         if warmup_steps < 0 or (warmup_steps >= 1 and warmup_steps != int(warmup_steps)):
             raise ValueError(f"--warmup_steps is a number of steps, or a fraction below 1; got {warmup_steps}.")
         self.warmup_steps = warmup_steps
+
+    def _check_rollouts(self) -> None:
+        for name in ("rollout_episodes", "rollout_seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name} must not be negative, got {getattr(self, name)}.")
+        if not self.rollout_episodes and (self.rollout_tasks or self.rollout_unnorm_key):
+            raise ValueError(
+                "--rollout_tasks and --rollout_unnorm_key need --rollout_episodes, the episodes per task."
+            )
 
     def get_warmup_steps(self, num_training_steps: int) -> int:
         """Steps of warm-up in so many steps of training."""

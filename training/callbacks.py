@@ -1,26 +1,17 @@
-"""What happens beside the steps of training: the count of passes over the data, pictures, and uploads."""
+"""What happens beside the steps of training: the count of passes over the data, and uploads."""
 
 import logging
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import HfApi
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
-from evaluation.open_loop import Comparison
-from evaluation.policies import ModelPolicy
-from evaluation.report import save_open_loop_figure
-from robot_data.episode import Episode, dimension_names
-from robot_data.pictures import decode
-
 from .checkpoint import PARTIAL, find_checkpoints
 
 
 logger = logging.getLogger(__name__)
-
-MAX_DRAWN_STEPS = 300
 
 
 class EpochCallback(TrainerCallback):
@@ -36,48 +27,6 @@ class EpochCallback(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         state.epoch = state.global_step / self.updates_per_epoch
-
-
-class OpenLoopCallback(TrainerCallback):
-    """
-    Draws what the policy predicts on held-out episodes beside what was recorded, at each validation, into
-    `open_loop/DATASET-step-N.png` of the output directory.
-
-    Args:
-        model: With `predict_action`, whole in the main process.
-        processor: Of the policy.
-        episodes (`list[Episode]`): The first 300 steps of each are drawn.
-        camera (`str`): Role of the picture that the policy looks at.
-    """
-
-    def __init__(self, model: Any, processor: Any, episodes: list[Episode], camera: str):
-        self.model, self.processor, self.episodes, self.camera = model, processor, episodes, camera
-
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
-        if not state.is_world_process_zero:
-            return
-        folder = Path(args.output_dir) / "open_loop"
-        folder.mkdir(parents=True, exist_ok=True)
-        self.model.eval()
-        for episode in self.episodes:
-            comparison = self._compare(episode, args.per_device_eval_batch_size)
-            names = list(dimension_names(comparison.recorded.shape[1]))
-            path = folder / f"{episode.dataset}-step-{state.global_step}.png"
-            save_open_loop_figure([comparison], names, path, f"{episode.dataset}, step {state.global_step}")
-
-    def _compare(self, episode: Episode, batch_size: int) -> Comparison:
-        count = min(len(episode), MAX_DRAWN_STEPS)
-        comparison = Comparison(0, episode.index, episode.instructions[:count], episode.actions[:count])
-        comparison.is_drawn, comparison.is_sampled = True, comparison.is_told
-        policy = ModelPolicy(self.model, self.processor, episode.dataset)
-        steps = comparison.is_sampled.nonzero()[0]
-        for start in range(0, len(steps), batch_size):
-            batch = steps[start : start + batch_size]
-            comparison.predicted[batch] = policy.predict(
-                [episode.instructions[step] for step in batch],
-                [decode(episode.images[self.camera][step]) for step in batch],
-            )
-        return comparison
 
 
 class PushCallback(TrainerCallback):

@@ -20,6 +20,7 @@ from load_policy import REPOSITORY
 from merge_adapter import Adapter, write_merged
 from model_card import model_card
 from peft import PeftModel
+from safetensors import SafetensorError
 from transformers import PreTrainedModel, ProcessorMixin
 
 
@@ -115,6 +116,31 @@ def remove(directory: Path) -> None:
     shutil.rmtree(doomed)
 
 
+@contextmanager
+def writing(what: str, output_dir: Path) -> Iterator[None]:
+    """
+    Say what was being written where, if that fails. The rest of it is removed: on a full disk it is in the way.
+
+    Args:
+        what (`str`): What is written.
+        output_dir (`Path`): Of the run.
+
+    Raises:
+        OSError: If writing fails; torch and safetensors raise errors of their own for that.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        free = shutil.disk_usage(output_dir).free / 2**20
+        shutil.rmtree(output_dir / PARTIAL, ignore_errors=True)
+        found = find_checkpoints(output_dir)
+        advice = f"{found[-1].name} is complete: go on with --resume_from_checkpoint True. " if found else ""
+        raise OSError(
+            f"{what} could not be written into {output_dir}, where {free:.0f} MiB were free. {advice}The cause: "
+            f"{(str(error) or type(error).__name__).splitlines()[0]}"
+        ) from error
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write a file whole or not at all."""
     partial = path.with_name(f"{path.name}.partial")
@@ -171,8 +197,10 @@ class Repository:
 
     def _write_full(self, model: PreTrainedModel, state_dict: dict | None, folder: Path) -> None:
         state_dict = model.state_dict() if state_dict is None else state_dict
-        # Of a model that is trained in float32, the weights are saved as those of the base are.
-        model.save_pretrained(folder, state_dict={name: tensor.to(self.dtype) for name, tensor in state_dict.items()})
+        # Of a model that is trained in float32, the weights are saved as those of the base are: tied ones once.
+        cast = {tensor.data_ptr(): tensor.to(self.dtype) for tensor in state_dict.values()}
+        tensors = {name: cast[tensor.data_ptr()] for name, tensor in state_dict.items()}
+        model.save_pretrained(folder, state_dict=tensors)
         config = copy.deepcopy(model.config)
         config.dtype = str(self.dtype).removeprefix("torch.")
         config.save_pretrained(folder)
@@ -222,7 +250,11 @@ class Repository:
         ]
         if self.metrics:
             rows = [[name, f"{value:.5g}"] for name, value in self.metrics.items()]
-            parts += ["### Metrics", "Losses are in nats per token.", _table(["Metric", "Value"], rows)]
+            parts += [
+                "### Metrics",
+                "Losses are in nats per token; `rollout_success` is the fraction of episodes in the tabletop.",
+                _table(["Metric", "Value"], rows),
+            ]
         libraries = [[name, version(name)] for name in LIBRARIES]
         if (commit := code_commit()) is not None:
             libraries.append(["this repository's code", commit])

@@ -13,10 +13,10 @@ from robot_data.augmentation import Augmentation
 from robot_data.collation import Collator
 from robot_data.episode import Episode, RawEpisode, Source, Step, check_unit
 from robot_data.filters import Filters
-from robot_data.mixture import Part, read_mixture
+from robot_data.mixture import Part, open_mixture, open_part
 from robot_data.reading import iter_episodes
-from robot_data.sources import open_source
-from robot_data.standardize import config_for
+from robot_data.sources import JoinedSource, open_source
+from robot_data.standardize import DatasetConfig, config_for
 from robot_data.stream import StepStream
 
 from .arguments import DataArguments, read_yaml
@@ -85,21 +85,36 @@ def open_parts(arguments: DataArguments) -> list[Part]:
         FileNotFoundError: If a dataset or file is missing.
         ValueError: If a mixture is unknown, or a dataset is empty or does not fit its description.
     """
-    descriptions = read_yaml(arguments.dataset_configs) if arguments.dataset_configs else {}
-    parts = []
-    for location, name, weight in _locations(arguments):
-        source = open_source(location, name=name)
-        if not source.num_units:
-            raise ValueError(f"{location} holds no episodes.")
-        config = config_for(source.name, source.columns, source.images, descriptions.get(source.name))
-        if arguments.camera not in config.cameras:
-            raise ValueError(f"{source.name} has no camera {arguments.camera!r}; it has {dict(config.cameras)}.")
-        cameras = {arguments.camera: config.cameras[arguments.camera]}
-        filters = _filters(config.filters, arguments)
-        parts.append(Part(source, replace(config, cameras=cameras, filters=filters), weight))
-    if unknown := sorted(set(descriptions) - {part.source.name for part in parts}):
-        raise ValueError(f"{arguments.dataset_configs} describes {unknown}, which are not trained on.")
-    return parts
+    entries = read_yaml(arguments.dataset_configs) if arguments.dataset_configs else {}
+    if arguments.mixture is None:
+        parts = _open_datasets(arguments, entries)
+        if unknown := sorted(set(entries) - {part.source.name for part in parts}):
+            raise ValueError(f"{arguments.dataset_configs} describes {unknown}, which are not trained on.")
+    elif arguments.data_root is None:
+        raise ValueError("--mixture needs --data_root, the folder with one folder per dataset.")
+    else:
+        parts = open_mixture(arguments.mixture, arguments.data_root, entries=entries)
+    return [replace(part, config=_restrict(part, arguments)) for part in parts]
+
+
+def _open_datasets(arguments: DataArguments, entries: dict[str, Any]) -> list[Part]:
+    """Those of `--dataset`, each by itself, or under `--unnorm_key` as one."""
+    located, name = [_split_weight(text) for text in arguments.dataset], arguments.unnorm_key
+    if name is None:
+        return [open_part(location, weight=weight, entries=entries) for location, weight in located]
+    if any(weight != 1.0 for _, weight in located):
+        raise ValueError("--unnorm_key makes one dataset of all, in which every step counts alike: leave out =weight.")
+    source = JoinedSource([open_source(location, name=name) for location, _ in located])
+    return [Part(source, config_for(name, source.columns, source.images, entries.get(name)))]
+
+
+def _restrict(part: Part, arguments: DataArguments) -> DatasetConfig:
+    """A dataset's description, with the one camera and the steps that are trained on."""
+    cameras = part.config.cameras
+    if arguments.camera not in cameras:
+        raise ValueError(f"{part.source.name} has no camera {arguments.camera!r}; it has {dict(cameras)}.")
+    filters = _filters(part.config.filters, arguments)
+    return replace(part.config, cameras={arguments.camera: cameras[arguments.camera]}, filters=filters)
 
 
 def _filters(filters: Filters, arguments: DataArguments) -> Filters:
@@ -109,22 +124,12 @@ def _filters(filters: Filters, arguments: DataArguments) -> Filters:
     return replace(filters, unlabeled_steps=True, **given)
 
 
-def _locations(arguments: DataArguments) -> list[tuple[str, str | None, float]]:
-    """Where each dataset lies, its name where that is decided here, and its weight."""
-    if arguments.mixture is None:
-        return [_split_weight(text) for text in arguments.dataset]
-    if arguments.data_root is None:
-        raise ValueError("--mixture needs --data_root, the folder with one folder per dataset.")
-    weights = read_mixture(arguments.mixture)
-    return [(f"{arguments.data_root.rstrip('/')}/{name}", name, weight) for name, weight in weights.items()]
-
-
-def _split_weight(text: str) -> tuple[str, None, float]:
+def _split_weight(text: str) -> tuple[str, float]:
     location, _, weight = text.rpartition("=")
     try:
-        return (location, None, float(weight)) if location else (text, None, 1.0)
+        return (location, float(weight)) if location else (text, 1.0)
     except ValueError:  # the sign belongs to the path
-        return text, None, 1.0
+        return text, 1.0
 
 
 # Statistics

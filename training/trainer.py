@@ -3,7 +3,7 @@
 import json
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,12 @@ from .checkpoint import (
     remove,
     save_resume_weights,
     write_json,
+    writing,
 )
 from .data import NamedBatch, TrainingData
 from .metrics import ActionMetrics, count_correct, predicted_tokens
+from .processes import in_main_process
+from .trackers import save_tracker_run
 
 
 class OpenVLATrainer(Trainer):
@@ -47,6 +50,7 @@ class OpenVLATrainer(Trainer):
         data ([`TrainingData`]): On what.
         repository ([`Repository`]): What is written.
         callbacks (`list[TrainerCallback]`, *optional*): As in [`Trainer`].
+        rollouts (`Callable`, *optional*): Called by the main process before each save; gives figures for the log.
     """
 
     def __init__(
@@ -56,10 +60,11 @@ class OpenVLATrainer(Trainer):
         data: TrainingData,
         repository: Repository,
         callbacks: list[TrainerCallback] | None = None,
+        rollouts: Callable[[], dict[str, float]] | None = None,
     ):
         steps = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         updates_per_epoch = max(data.num_steps // steps, 1)
-        self.repository, self.codec = repository, repository.processor.codec
+        self.repository, self.codec, self.rollouts = repository, repository.processor.codec, rollouts
         self.loader = StepLoader(
             data.stream,
             args.per_device_train_batch_size,
@@ -71,6 +76,8 @@ class OpenVLATrainer(Trainer):
         )
         self._partial: Path | None = None  # while a checkpoint is written, where
         self._correct = torch.zeros(2)
+        self._unlogged_loss = torch.zeros(())  # sum since the last line of the log
+        self._resumed: dict[str, Any] | None = None  # until the first step, what the checkpoint had not logged yet
         self._waited, self._logged_at = 0.0, time.perf_counter()
         self._written_at: int | None = None  # step of which the repository holds the weights
         super().__init__(
@@ -96,7 +103,9 @@ class OpenVLATrainer(Trainer):
                     f"{resume_from_checkpoint} has no {path.name}: it was not written by this script, or by fewer "
                     f"processes than the {self.args.world_size} of now."
                 )
-            self.loader.load_state_dict(json.loads(path.read_text(encoding="utf-8")))
+            state = json.loads(path.read_text(encoding="utf-8"))
+            self.loader.load_state_dict(state["stream"])
+            self._resumed = state["unlogged"]
             resume_from_checkpoint = str(resume_from_checkpoint)
         if self.args.should_save:  # what an interrupted run left
             shutil.rmtree(Path(self.args.output_dir) / PARTIAL, ignore_errors=True)
@@ -108,12 +117,29 @@ class OpenVLATrainer(Trainer):
         return self.loader
 
     def get_batch_samples(self, *args, **kwargs) -> tuple[list, Any]:
-        """As [`Trainer.get_batch_samples`], against the clock."""
+        """As [`Trainer.get_batch_samples`], against the clock; nothing where a resumed run has ended already."""
+        if 0 < self.state.max_steps <= self.state.global_step:  # Trainer would take one more step
+            self.control.should_training_stop = True
+            return [], None
         start = time.perf_counter()
         try:
             return super().get_batch_samples(*args, **kwargs)
         finally:
             self._waited += time.perf_counter() - start
+
+    def training_step(self, *args, **kwargs) -> torch.Tensor:
+        """As [`Trainer.training_step`]; the first line of the log after a resume covers the steps before it, too."""
+        loss = super().training_step(*args, **kwargs)
+        if self._resumed is not None:
+            resumed, self._resumed = self._resumed, None
+            loss = resumed["loss"] + loss  # in this order the sum is that of a run that never stopped, to the bit
+            self._correct += torch.tensor(resumed["correct"], device=self._correct.device)
+            self._globalstep_last_logged = resumed["last_logged_step"]
+        return loss
+
+    def _maybe_log_save_evaluate(self, tr_loss: torch.Tensor, *args, **kwargs) -> None:
+        self._unlogged_loss = tr_loss
+        super()._maybe_log_save_evaluate(tr_loss, *args, **kwargs)
 
     def compute_loss(
         self,
@@ -165,7 +191,9 @@ class OpenVLATrainer(Trainer):
         self.repository.metrics |= {
             name: value
             for name, value in logs.items()
-            if name == "loss" or (name.startswith("eval_") and not name.endswith(("_runtime", "_per_second")))
+            if name == "loss"
+            or name.startswith("rollout_")
+            or (name.startswith("eval_") and not name.endswith(("_runtime", "_per_second")))
         }
         super().log(logs, *args, **kwargs)
 
@@ -177,20 +205,31 @@ class OpenVLATrainer(Trainer):
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         root, name = Path(self.args.output_dir), f"{CHECKPOINT}{self.state.global_step}"
         with self._off_the_clock():
-            self._partial = root / PARTIAL
-            try:
-                super()._save_checkpoint(model, trial)
-            finally:
-                self._partial = None
-            self._complete_checkpoint(root / PARTIAL / name)
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                publish_checkpoint(root / PARTIAL / name, root / name)
-                self._rotate()
+            if self.rollouts is not None:
+                self.log(in_main_process("Rolling the policy out", self.rollouts))
+            with writing(name, root):
+                self._partial = root / PARTIAL
+                try:
+                    super()._save_checkpoint(model, trial)
+                finally:
+                    self._partial = None
+                self._complete_checkpoint(root / PARTIAL / name)
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    publish_checkpoint(root / PARTIAL / name, root / name)
+                    self._rotate()
             self.write_repository()
 
     def _complete_checkpoint(self, directory: Path) -> None:
-        write_json(directory / STREAM_STATE.format(rank=self.args.process_index), self.loader.state_dict())
+        unlogged = {
+            "loss": self._unlogged_loss.item(),
+            "correct": self._correct.tolist(),
+            "last_logged_step": self._globalstep_last_logged,
+        }
+        state = {"stream": self.loader.state_dict(), "unlogged": unlogged}
+        write_json(directory / STREAM_STATE.format(rank=self.args.process_index), state)
+        if self.args.should_save:
+            save_tracker_run(self.args, directory)
         if self.args.should_save and self.state.best_global_step:
             root = Path(self.args.output_dir)
             self.state.best_model_checkpoint = str(root / f"{CHECKPOINT}{self.state.best_global_step}")
@@ -200,7 +239,8 @@ class OpenVLATrainer(Trainer):
         """Write the complete repository to the root of the output directory, unless it is there already."""
         step = None if self.args.load_best_model_at_end and not self.is_in_train else self.state.global_step
         if step is None or step != self._written_at:
-            self.save_model()
+            with writing("the repository", Path(self.args.output_dir)):
+                self.save_model()
             self._written_at = step
         self.accelerator.wait_for_everyone()
 
