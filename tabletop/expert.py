@@ -5,7 +5,7 @@ import numpy as np
 from .control import OPEN_WIDTH
 from .environment import MAX_ROTATION, MAX_TRANSLATION, TabletopEnv
 from .scene import BOWL_HEIGHT, SHAPES
-from .tasks import SIDES
+from .tasks import SIDES, Goal
 
 
 HOVER = 0.10  # above the table, metres
@@ -28,10 +28,15 @@ class Expert:
 
     Args:
         env (`TabletopEnv`): The environment to act in.
+        goal (`Goal`, *optional*): What to do in it; by default what the environment asks for.
     """
 
-    def __init__(self, env: TabletopEnv):
-        self.env = env
+    def __init__(self, env: TabletopEnv, goal: Goal | None = None):
+        self.env, self._own_goal = env, goal
+
+    @property
+    def goal(self) -> Goal:
+        return self._own_goal or self.env.goal
 
     def noisy_action(
         self, rng: np.random.Generator, noise: float = 0.3, nudge_probability: float = 0.03
@@ -58,7 +63,7 @@ class Expert:
 
     def action(self) -> np.ndarray:
         """float32 (7,), as [`TabletopEnv`] takes it."""
-        task, upright = self.env.goal.task, self._upright_error()
+        task, upright = self.goal.task, self._upright_error()
         if upright.any() and not self._is_gripped():
             # Away from the objects, which a tilted hand would knock over, and from the ends of the arm's reach.
             move, yaw, opening = CLEAR - self.env.data.site("grasp").xpos, 0.0, 1.0
@@ -71,7 +76,7 @@ class Expert:
     def _grasp(self, task: str) -> tuple[np.ndarray, float, float]:
         """Translation, yaw and gripper for the tasks that hold the target."""
         env = self.env
-        target, hand = env.data.body(env.goal.target).xpos, env.data.site("grasp").xpos
+        target, hand = env.data.body(self.goal.target).xpos, env.data.site("grasp").xpos
         offset = target - hand
         sideways = np.linalg.norm(offset[:2])
         closed = env.data.qpos[7] < 0.9 * OPEN_WIDTH
@@ -101,8 +106,8 @@ class Expert:
 
     def _push(self) -> tuple[np.ndarray, float, float]:
         env = self.env
-        direction = np.array([0.0, SIDES[env.goal.side], 0.0])
-        target, hand = env.data.body(env.goal.target).xpos, env.data.site("grasp").xpos
+        direction = np.array([0.0, SIDES[self.goal.side], 0.0])
+        target, hand = env.data.body(self.goal.target).xpos, env.data.site("grasp").xpos
         reach = self._half_width() + 0.02
         behind = (target - hand) @ direction
         beside = target[0] - hand[0]
@@ -117,7 +122,7 @@ class Expert:
     def _is_gripped(self) -> bool:
         """Whether both fingers touch the target."""
         env = self.env
-        target = env.model.geom(env.goal.target).id
+        target = env.model.geom(self.goal.target).id
         pads = [env.model.geom(name).id for name in ("left_pad", "right_pad")]
         pairs = [set(pair) for pair in env.data.contact.geom.tolist()]
         return all({pad, target} in pairs for pad in pads)
@@ -128,12 +133,12 @@ class Expert:
     def _yaw_error(self) -> float:
         """Turn about the vertical, in radians, after which the fingers close across the target's narrow side."""
         env = self.env
-        shape = env.goal.target.split()[1]
+        shape = self.goal.target.split()[1]
         if shape in ("cylinder", "ball"):
             return 0.0
         period = np.pi if shape == "brick" else np.pi / 2
         hand = env.data.site("grasp").xmat.reshape(3, 3)
-        across = env.data.body(env.goal.target).xmat.reshape(3, 3)[:, 1]
+        across = env.data.body(self.goal.target).xmat.reshape(3, 3)[:, 1]
         error = np.arctan2(across[1], across[0]) - np.arctan2(hand[1, 1], hand[0, 1])
         error = float((error + period / 2) % period - period / 2)
         turned = np.arctan2(hand[1, 0], hand[0, 0])
@@ -151,9 +156,9 @@ class Expert:
     def _half_width(self) -> float:
         """Extent of the target along y, in metres."""
         env = self.env
-        shape = env.goal.target.split()[1]
+        shape = self.goal.target.split()[1]
         _, size = SHAPES[shape]
         if shape in ("cylinder", "ball"):
             return size[0]
-        turned = np.abs(env.data.body(env.goal.target).xmat.reshape(3, 3)[1, :2])
+        turned = np.abs(env.data.body(self.goal.target).xmat.reshape(3, 3)[1, :2])
         return float(turned @ size[:2])

@@ -24,13 +24,14 @@ from .environment import CAMERAS, TabletopEnv
 from .expert import Expert
 from .lerobot_writer import VIDEO_ENCODER, assemble, write_episode
 from .scene import COLORS, SHAPES
-from .tasks import SIDES, TASKS, WORDINGS
+from .tasks import SIDES, TASKS, WORDINGS, Goal
 
 
 NOOP_THRESHOLD = 1e-4
 MIN_NOISE = 0.01
 MAX_DRAWS = 100
 MAX_ATTEMPTS = 100
+DETOUR_STEPS = (2, 9)  # at least, and fewer than: the way to an object takes about six
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,8 @@ class Recording:
         tasks (`tuple[str]`): The episodes take turns with them.
         image_size (`int`, defaults to 224): Side of the pictures in pixels.
         noise (`float`, defaults to 0.3): Of the expert; see [`Expert.noisy_action`].
+        detour (`float`, defaults to 0.0): In so many of the episodes the hand sets out for another object first, so
+            that the place of the hand does not betray the target.
         hold_out (`tuple[str]`): Colours, shapes or objects (`red cube`) that are never the target.
         randomize (`bool`, defaults to `False`): Vary cameras, light and colours from episode to episode.
         cameras (`tuple[str]`, defaults to both): Of `image` and `wrist_image`, those to render; another one stays
@@ -61,6 +64,7 @@ class Recording:
     tasks: tuple[str, ...] = TASKS
     image_size: int = 224
     noise: float = 0.3
+    detour: float = 0.0
     hold_out: tuple[str, ...] = ()
     randomize: bool = False
     cameras: tuple[str, ...] = tuple(CAMERAS)
@@ -77,6 +81,8 @@ class Recording:
         if not self.noise >= MIN_NOISE:
             # No-ops are not executed: an expert that rests without noise, as its fingers close, would rest for ever.
             raise ValueError(f"`noise` must be at least {MIN_NOISE}, got {self.noise}.")
+        if not 0.0 <= self.detour <= 1.0:
+            raise ValueError(f"`detour` is a share of the episodes, from 0 to 1; got {self.detour}.")
         if not self.targets():
             raise ValueError(f"Holding out {list(self.hold_out)} leaves no object to handle.")
         if self.video and self.image_size % 2:
@@ -119,7 +125,7 @@ def draw_start(recording: Recording, episode: int, attempt: int) -> tuple[int, d
 
 
 def demonstrate(
-    env: TabletopEnv, observation: dict, rng: np.random.Generator, noise: float
+    env: TabletopEnv, observation: dict, rng: np.random.Generator, noise: float, detour: float = 0.0
 ) -> tuple[list[dict], str | None]:
     """
     The expert's way from a fresh start to the end.
@@ -129,14 +135,21 @@ def demonstrate(
         observation (`dict`): What the reset returned.
         rng (`np.random.Generator`): Source of the noise.
         noise (`float`): See [`Expert.noisy_action`].
+        detour (`float`, defaults to 0.0): Probability of setting out for another object first.
 
     Returns:
         `tuple[list[dict], str | None]`: Frames, each an observation with the `action` (7,) that followed it and the
         `expert_action` (7,) without noise; the outcome (None: the expert came to rest).
     """
     expert, frames, previous = Expert(env), [], None
+    stray, detour_steps = expert, 0
+    if detour and rng.random() < detour:
+        stray, detour_steps = Expert(env, draw_other_goal(env, rng)), int(rng.integers(*DETOUR_STEPS))
     while True:
-        draws = (expert.noisy_action(rng, noise) for _ in range(MAX_DRAWS))
+        if detour_steps and (len(frames) == detour_steps or stray.action()[6] == 0.0):
+            detour_steps = 0  # it looks, and never touches
+        actor = stray if detour_steps else expert
+        draws = (actor.noisy_action(rng, noise) for _ in range(MAX_DRAWS))
         action = next((draw for draw in draws if not is_noop(draw, previous)), None)
         if action is None:
             return frames, None
@@ -145,6 +158,13 @@ def demonstrate(
         previous = action
         if terminated or truncated:
             return frames, info["outcome"]
+
+
+def draw_other_goal(env: TabletopEnv, rng: np.random.Generator) -> Goal:
+    """To pick up an object that was not asked for."""
+    others = [item.name for item in env.objects if item.name != env.goal.target]
+    name = str(rng.choice(others))
+    return Goal("pick", name, tuple(env.data.body(name).xpos))
 
 
 def record_episode(recording: Recording, episode: int, path: Path) -> None:
@@ -159,7 +179,7 @@ def record_episode(recording: Recording, episode: int, path: Path) -> None:
         seed, options, rng = draw_start(recording, episode, attempt)
         observation, _ = env.reset(seed=seed, options=options)
         start = {"qpos": env.data.qpos.tolist(), "qvel": env.data.qvel.tolist()}
-        frames, outcome = demonstrate(env, observation, rng, recording.noise)
+        frames, outcome = demonstrate(env, observation, rng, recording.noise, recording.detour)
         if outcome == "success":
             break
     else:
@@ -291,6 +311,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), help=f"default: {' '.join(TASKS)}")
     parser.add_argument("--image_size", type=int, default=224, help="side of the pictures in pixels")
     parser.add_argument("--noise", type=float, default=0.3, help="of the expert, as a fraction of its largest action")
+    parser.add_argument("--detour", type=float, default=0.0, help="share of episodes that first head elsewhere")
     parser.add_argument(
         "--hold_out",
         nargs="+",
@@ -315,6 +336,7 @@ def main(arguments: list[str] | None = None) -> None:
             tasks=tuple(parsed.tasks),
             image_size=parsed.image_size,
             noise=parsed.noise,
+            detour=parsed.detour,
             hold_out=tuple(parsed.hold_out),
             randomize=parsed.randomize,
             cameras=tuple(parsed.cameras),

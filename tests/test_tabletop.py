@@ -15,7 +15,7 @@ from tabletop.camera import make_camera
 from tabletop.environment import MAX_ROTATION, MAX_TRANSLATION, TabletopEnv
 from tabletop.expert import Expert
 from tabletop.scene import COLORS, SHAPES, TableObject, build_model, lay_out
-from tabletop.tasks import LIFT_HEIGHT, TASKS, WORDINGS
+from tabletop.tasks import LIFT_HEIGHT, TASKS, WORDINGS, Goal
 
 
 COMPARE_RENDERERS = """
@@ -277,15 +277,10 @@ class TestTasks:
         env.reset(seed=3, options={"task": "pick"})
         asked, other = env.objects[0].name, env.objects[1].name
         # An expert for another goal in the same scene lifts another object.
-        goal = env.goal
-        misled = Expert(env)
-        while True:
-            env.goal = type(goal)("pick", other, goal.start)
-            action = misled.action()
-            env.goal = goal
-            *_, terminated, truncated, info = env.step(action)
-            if terminated or truncated:
-                break
+        misled, ended = Expert(env, Goal("pick", other, env.goal.start)), False
+        while not ended:
+            *_, terminated, truncated, info = env.step(misled.action())
+            ended = terminated or truncated
         assert asked != other
         assert info["outcome"] == "wrong_object"
 

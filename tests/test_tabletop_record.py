@@ -22,6 +22,7 @@ from PIL import Image
 from tabletop import lerobot_writer as writer
 from tabletop import record as recorder
 from tabletop.environment import TabletopEnv
+from tabletop.expert import Expert
 from tabletop.lerobot_statistics import QUANTILES, image_statistics, vector_statistics
 from tabletop.record import Recording, draw_start, is_noop, main, record
 from tabletop.scene import COLORS, SHAPES
@@ -444,6 +445,49 @@ class TestReruns:
         assert len(list(staging.iterdir())) == before
 
 
+class TestDetours:
+    def drive(self, detour: float, seed: int) -> tuple[TabletopEnv, list[dict], str | None]:
+        env = TabletopEnv(cameras=(), image_size=8)
+        observation, _ = env.reset(seed=seed)
+        return env, *recorder.demonstrate(env, observation, np.random.default_rng(seed), recorder.MIN_NOISE, detour)
+
+    def test_labels_are_for_the_task_from_the_start(self):
+        """Played again, each `expert_action` is the expert's for the target; the first steps went elsewhere."""
+        strayed, outcomes = 0, []
+        for seed in range(8):
+            env, frames, outcome = self.drive(1.0, seed)
+            outcomes.append(outcome)
+            env.reset(seed=seed)
+            for frame in frames:
+                np.testing.assert_array_equal(frame["expert_action"], Expert(env).action())
+                env.step(frame["action"])
+            apart = [np.abs(frame["action"] - frame["expert_action"])[:3].max() > 0.02 for frame in frames]
+            strayed += any(apart[:2])
+            assert not any(apart[recorder.DETOUR_STEPS[1] :])
+        assert strayed > 4
+        assert outcomes.count("success") > 5
+
+    def test_nothing_else_is_touched(self):
+        """Up to the end of the longest detour, no finger closes."""
+        for seed in range(8):
+            env, frames, _ = self.drive(1.0, seed)
+            if env.goal.task != "push":
+                assert all(frame["action"][6] == 1.0 for frame in frames[: recorder.DETOUR_STEPS[0]])
+
+    def test_none_by_default(self):
+        frames, straight = (self.drive(detour, 1)[1] for detour in (0.0, 1e-12))
+        np.testing.assert_allclose(frames[0]["action"], straight[0]["action"], atol=1e-2)
+        assert all(np.abs(frame["action"] - frame["expert_action"])[:3].max() < 0.02 for frame in frames)
+
+    def test_in_a_recording(self, tmp_path):
+        output = tmp_path / "dataset"
+        main(["--episodes", "2", "--image_size", "8", "--output", str(output), "--detour", "1", "--cameras", "image"])
+        rows = pq.read_table(output / DATA).to_pylist()
+        assert any(row["action"] != row["expert_action"] for row in rows)
+        assert not pictures(rows, "observation.images.wrist").any()
+        assert pictures(rows, "observation.images.front").any()
+
+
 class TestHoldOuts:
     @pytest.mark.parametrize(
         "hold_out, count",
@@ -477,6 +521,9 @@ class TestRefused:
             ({"tasks": ()}, "`tasks` must be among"),
             ({"noise": 0.0}, "`noise` must be at least 0.01, got 0.0"),
             ({"noise": float("nan")}, "`noise` must be at least"),
+            ({"detour": 1.5}, "`detour` is a share of the episodes, from 0 to 1; got 1.5"),
+            ({"cameras": ()}, "`cameras` must be among"),
+            ({"cameras": ("top",)}, r"`cameras` must be among .* got \['top'\]"),
             ({"hold_out": ("pink",)}, r"got \['pink'\]"),
             ({"hold_out": tuple(COLORS)}, "leaves no object"),
             ({"video": True, "image_size": 33}, "`image_size` must be even for videos, got 33"),
