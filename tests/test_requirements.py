@@ -24,7 +24,7 @@ INSTALLED = {
     "tools/compute_statistics.py": [BASE, DATA],
     "tools/inspect_dataset.py": [BASE, DATA],
     "tabletop/record.py": [BASE, TABLETOP],
-    "tools/pretrain_towers.py": [BASE, TABLETOP],
+    "tools/pretrain_policy.py": [BASE, TABLETOP],
     "tools/evaluate_policy.py": [BASE, EVALUATION],
     "tools/record_corrections.py": [BASE, EVALUATION],
     "tools/demo.py": [BASE, EVALUATION],

@@ -1,12 +1,13 @@
 """
-Teach the vision towers of a small policy to see the tabletop, before it learns to act.
+Teach a small policy to see the tabletop and to know what it is told of, before it learns to act.
 
     python tools/init_policy.py --output_dir untrained
-    python tools/pretrain_towers.py --policy untrained --output_dir pretrained
+    python tools/pretrain_policy.py --policy untrained --output_dir pretrained
 
-Published policies start from towers that have seen the world's pictures (DINOv2, SigLIP). A small policy that is
-trained from scratch has none to start from; here each patch token learns what the patch shows, and where that is.
-Labels come from the simulator, through a linear layer on the towers' features that is thrown away afterwards.
+Published policies start from a vision-language model: towers that have seen the world's pictures, and a language
+model that knows what words mean. A small policy that is trained from scratch has neither. Here each patch token learns
+what the patch shows and where that is, and the end of the prompt where the object lies that the instruction names, and
+where the hand is. Labels come from the simulator, through linear layers that are thrown away afterwards.
 """
 
 import argparse
@@ -32,6 +33,7 @@ from tabletop.environment import TabletopEnv
 from tabletop.expert import Expert
 from tabletop.record import Recording
 from tabletop.scene import COLORS, SHAPES
+from tabletop.tasks import SIDES, TASKS, WORDINGS
 
 
 OBJECTS = [f"{color} {shape}" for color in COLORS for shape in SHAPES]
@@ -44,6 +46,8 @@ SYMMETRY = {"cube": 4, "brick": 2}
 # Position in metres, cosine and sine of the turn, opening of the fingers in metres: about zero and one of each.
 POSE_CENTER = np.array([0.51, 0.0, 0.1, 0.0, 0.0, 0.02], dtype=np.float32)
 POSE_SCALE = np.array([0.12, 0.2, 0.1, 1.0, 1.0, 0.02], dtype=np.float32)
+POSE_SIZE = len(POSE_SCALE)
+PROMPT_END = 4  # tokens behind the instruction, all of which are to know the object: `?`, a line break, `Out:`, ...
 NOISE = 0.5  # of the expert: hands off the straight way are seen, too
 
 
@@ -158,51 +162,107 @@ def patch_targets(frames: Frames, grid: int) -> tuple[torch.Tensor, torch.Tensor
     return shares, chosen
 
 
-class TowerTrainer:
+class GroundingTrainer:
     """
-    The towers with a linear layer that reads the labels from their features.
+    A policy with linear layers that read the labels from its patch tokens and from the end of its prompt.
 
     Args:
-        model ([`PreTrainedModel`]): The policy; its towers learn.
-        processor ([`ProcessorMixin`]): Makes the pixels.
+        model ([`PreTrainedModel`]): The policy.
+        processor ([`ProcessorMixin`]): Of the policy.
     """
 
     def __init__(self, model: PreTrainedModel, processor: ProcessorMixin):
-        self.towers, self.image_processor = model.vision_backbone, processor.image_processor
-        self.grid = math.isqrt(self.towers.featurizer.config.num_patches)
-        self.readout = torch.nn.Linear(self.towers.embed_dim, NUM_CLASSES + len(POSE_SCALE))
+        self.model, self.processor = model, processor
+        self.grid = math.isqrt(model.config.towers[0].num_patches)
+        width = model.config.text_config.hidden_size
+        self.patch_readout = torch.nn.Linear(width, NUM_CLASSES + POSE_SIZE)
+        self.prompt_readout = torch.nn.Linear(width, 2 * POSE_SIZE)
 
     def parameters(self) -> list[torch.nn.Parameter]:
-        parameters = [*self.towers.parameters(), *self.readout.parameters()]
-        return [parameter for parameter in parameters if parameter.requires_grad]
+        modules = (self.model, self.patch_readout, self.prompt_readout)
+        return [each for module in modules for each in module.parameters() if each.requires_grad]
 
-    def read(self, frames: Frames) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits (B, P, C) and normalised poses (B, P, 6)."""
-        pixels = self.image_processor(images=list(frames.images), return_tensors="pt").pixel_values
+    def read(self, frames: Frames, instructions: list[str]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """
+        What the policy has to say.
+
+        Args:
+            frames ([`Frames`]): B of them.
+            instructions (`list[str]`): One for each.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`: Logits of the patches' classes (B, P, C), their
+            normalised poses (B, P, 6), and those of the object and of the hand at the end of the prompt
+            (B, N, 2, 6), N times.
+        """
+        inputs = self.processor(instruction=instructions, images=list(frames.images), padding=True)
         with torch.autocast("cpu", torch.bfloat16):
-            read = self.readout(self.towers(pixels))
-        return read.float().split([NUM_CLASSES, len(POSE_SCALE)], dim=-1)
+            output = self.model(**inputs, output_hidden_states=True, output_projector_features=True, logits_to_keep=1)
+            patches = self.patch_readout(output.projector_features).float()
+            prompt = self.prompt_readout(_end_of_prompt(output.hidden_states[-1], inputs["attention_mask"])).float()
+        return *patches.split([NUM_CLASSES, POSE_SIZE], dim=-1), prompt.unflatten(-1, (2, POSE_SIZE))
 
-    def loss(self, frames: Frames) -> torch.Tensor:
-        logits, poses = self.read(frames)
-        shares, targets = patch_targets(frames, self.grid)
-        known = ~targets.isnan()
-        return F.cross_entropy(logits.transpose(1, 2), shares.transpose(1, 2)) + F.smooth_l1_loss(
-            poses[known], targets[known], beta=0.1
-        )
+    def loss(self, frames: Frames, instructions: list[str], targets: torch.Tensor) -> torch.Tensor:
+        """Of one batch; `targets` (B, 2, 6) are the poses of the object that is named and of the hand."""
+        logits, poses, prompt = self.read(frames, instructions)
+        shares, patch_poses = patch_targets(frames, self.grid)
+        seen = F.cross_entropy(logits.transpose(1, 2), shares.transpose(1, 2)) + _distance(poses, patch_poses)
+        return seen + _distance(prompt, targets[:, None].expand_as(prompt))
 
     @torch.no_grad()
-    def validate(self, frames: Frames) -> dict[str, float]:
-        """Patches whose class is right, and the middle error of positions in millimetres."""
-        hits, errors = [], []
+    def validate(self, frames: Frames, known: list[str]) -> dict[str, float]:
+        """Patches whose class is right, and middle errors of positions in millimetres."""
+        hits, patch_errors, object_errors = [], [], []
+        rng = np.random.default_rng(0)
         for batch in batches(frames, 64, None):
-            logits, poses = self.read(batch)
-            shares, targets = patch_targets(batch, self.grid)
+            instructions, targets = ask(batch, known, rng)
+            logits, poses, prompt = self.read(batch, instructions)
+            shares, patch_poses = patch_targets(batch, self.grid)
             hits.append((logits.argmax(-1) == shares.argmax(-1)).float())
-            distance = ((poses - targets) * torch.from_numpy(POSE_SCALE))[..., :3].norm(dim=-1)
             # Of patches that show an object, most of all.
-            errors.append(distance[shares[..., FIRST_OBJECT:].sum(-1) > 0.3])
-        return {"class_accuracy": torch.cat(hits).mean().item(), "object_mm": 1e3 * torch.cat(errors).median().item()}
+            is_object = shares[..., FIRST_OBJECT:].sum(-1) > 0.3
+            patch_errors.append(_millimetres(poses - patch_poses)[is_object])
+            object_errors.append(_millimetres(prompt[:, -1, 0] - targets[:, 0]))
+        return {
+            "class_accuracy": torch.cat(hits).mean().item(),
+            "patch_mm": torch.cat(patch_errors).median().item(),
+            "named_object_mm": torch.cat(object_errors).median().item(),
+        }
+
+
+def _end_of_prompt(hidden: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """The last hidden states of each row (B, T, H), whatever stands behind them: (B, `PROMPT_END`, H)."""
+    padding = attention_mask.flip(1).argmax(dim=1)  # on the right, (B,)
+    last = hidden.shape[1] - 1 - padding
+    index = last[:, None] - torch.arange(PROMPT_END).flip(0)  # (B, N)
+    return hidden[torch.arange(len(hidden))[:, None], index]
+
+
+def _distance(read: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    known = ~targets.isnan()
+    return F.smooth_l1_loss(read[known], targets[known], beta=0.1)
+
+
+def _millimetres(difference: torch.Tensor) -> torch.Tensor:
+    return 1000 * (difference * torch.from_numpy(POSE_SCALE))[..., :3].norm(dim=-1)
+
+
+def ask(frames: Frames, known: list[str], rng: np.random.Generator) -> tuple[list[str], torch.Tensor]:
+    """
+    For each frame an instruction about one of the known objects in it, in the words of any task.
+
+    Returns:
+        `tuple[list[str], torch.Tensor]`: Instructions, and the normalised poses of object and hand (B, 2, 6).
+    """
+    instructions, targets = [], []
+    numbers = [FIRST_OBJECT + OBJECTS.index(name) for name in known]
+    for poses in frames.poses:
+        chosen = int(rng.choice([number for number in numbers if not np.isnan(poses[number, 0])]))
+        wording = str(rng.choice(WORDINGS[str(rng.choice(TASKS))]))
+        side = str(rng.choice(list(SIDES)))
+        instructions.append(wording.format(object=OBJECTS[chosen - FIRST_OBJECT], side=side))
+        targets.append(poses[[chosen, HAND]])
+    return instructions, torch.from_numpy((np.stack(targets) - POSE_CENTER) / POSE_SCALE)
 
 
 def batches(frames: Frames, size: int, rng: np.random.Generator | None) -> Iterator[Frames]:
@@ -212,7 +272,9 @@ def batches(frames: Frames, size: int, rng: np.random.Generator | None) -> Itera
         yield frames[order[start : start + size]]
 
 
-def pretrain(trainer: TowerTrainer, frames: Frames, held_out: Frames, arguments: argparse.Namespace) -> None:
+def pretrain(
+    trainer: GroundingTrainer, frames: Frames, held_out: Frames, known: list[str], arguments: argparse.Namespace
+) -> None:
     rng = np.random.default_rng(arguments.seed)
     optimizer = torch.optim.AdamW(trainer.parameters(), arguments.learning_rate, weight_decay=0.01, fused=True)
     steps = arguments.epochs * -(-len(frames) // arguments.batch_size)
@@ -222,7 +284,7 @@ def pretrain(trainer: TowerTrainer, frames: Frames, held_out: Frames, arguments:
     bar = tqdm(total=steps, desc="training")
     for epoch in range(arguments.epochs):
         for batch in batches(frames, arguments.batch_size, rng):
-            loss = trainer.loss(batch)
+            loss = trainer.loss(batch, *ask(batch, known, rng))
             loss.backward()
             torch.nn.utils.clip_grad_norm_(trainer.parameters(), 1.0)
             optimizer.step()
@@ -230,7 +292,7 @@ def pretrain(trainer: TowerTrainer, frames: Frames, held_out: Frames, arguments:
             optimizer.zero_grad()
             bar.update()
             bar.set_postfix(loss=f"{loss.item():.3f}")
-        found = trainer.validate(held_out)
+        found = trainer.validate(held_out, known)
         tqdm.write(f"epoch {epoch + 1}: " + ", ".join(f"{name} {value:.4g}" for name, value in found.items()))
 
 
@@ -253,7 +315,7 @@ def main() -> None:
     first_seed = arguments.seed * 1_000_000
     held_out = collect(1000, side, known, first_seed + 900_000, arguments.num_workers)
     frames = collect(arguments.frames, side, known, first_seed, arguments.num_workers)
-    pretrain(TowerTrainer(model, processor), frames, held_out, arguments)
+    pretrain(GroundingTrainer(model, processor), frames, held_out, known, arguments)
     model.to(torch.bfloat16).save_pretrained(arguments.output_dir)
     processor.save_pretrained(arguments.output_dir)
 
