@@ -129,3 +129,255 @@ def assert_same_where_the_reference_is_valid(output, expected, hidden, model) ->
     where = valid.view(8, 7).numpy()
     assert where.sum() >= 3
     np.testing.assert_allclose(output.actions[where], expected[where], atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def models(converted):
+    """The converted checkpoints, each loaded once. Do not change them."""
+    made = {}
+
+    def get(kind: str, **overrides):
+        key = (kind, *overrides.items())
+        if key not in made:
+            made[key] = load_policy(converted(kind), dtype=torch.float32, **overrides)[0]
+        return made[key]
+
+    return get
+
+
+def training_batch(golden, pixels) -> dict[str, torch.Tensor]:
+    """The reference's right-padded batch of two."""
+    tensors = golden[1]
+    names = ("input_ids", "labels", "proprio", "actions")
+    batch = {name: tensors[f"train.{name}"] for name in names} | {"pixel_values": pixels}
+    return batch | {"attention_mask": tensors["train.attention_mask"].long()}
+
+
+def assert_gradients(model, golden, run: str, names: dict[str, str]) -> None:
+    """Gradients kept whole in the goldens, by the reference's name and ours."""
+    parameters = dict(model.named_parameters())
+    for theirs, ours in names.items():
+        expected = golden[1][f"{run}.grad.{theirs}"]
+        assert ((parameters[ours].grad - expected).norm() / expected.norm()).item() < 1e-5, ours
+
+
+GRADIENTS = {
+    "proprio.fc1.weight": "proprio_projector.fc1.weight",
+    "vla.projector.fc1.weight": "projector.fc1.weight",
+    "vla.projector.fc2.bias": "projector.fc2.bias",
+    "vla.language_model.model.layers.0.self_attn.q_proj.weight": (
+        "language_model.model.layers.0.self_attn.q_proj.weight"
+    ),
+}
+
+
+def test_training_l1(models, golden, pixels):
+    model, record = models("l1"), golden[0]["runs"]["train_l1"]
+    model.zero_grad()
+    output = model(**training_batch(golden, pixels))
+    assert output.logits is None
+    assert output.loss.item() == pytest.approx(record["loss"], rel=2e-6)
+    assert_close(output.head_predictions.detach(), golden[1]["train_l1.pred"])
+    output.loss.backward()
+    assert_gradients(model, golden, "train_l1", GRADIENTS | {"head.model.fc1.weight": "action_head.model.fc1.weight"})
+    own = {name: parameter.grad for name, parameter in model.named_parameters()}
+    prefixes = {"vla.": "", "head.": "action_head.", "proprio.": "proprio_projector."}
+    for name, norm in record["grad_norms"].items():
+        prefix = next(prefix for prefix in prefixes if name.startswith(prefix))
+        gradient = own.pop(name.replace(prefix, prefixes[prefix], 1))
+        assert (gradient is None) if norm is None else gradient.norm().item() == pytest.approx(norm, rel=2e-5), name
+    assert all(gradient is None for gradient in own.values())
+
+
+def test_training_discrete(models, golden, pixels):
+    model = models("l1", head_type="tokens")
+    model.zero_grad()
+    batch = training_batch(golden, pixels)
+    del batch["actions"]
+    output = model(**batch)
+    assert output.logits.shape == (2, 57, 32064)
+    assert output.loss.item() == pytest.approx(golden[0]["runs"]["train_discrete"]["loss"], rel=2e-6)
+    output.loss.backward()
+    assert_gradients(model, golden, "train_discrete", GRADIENTS)
+
+
+def test_training_diffusion(models, golden, pixels):
+    """One denoising step; the times are those of the reference's stored time embeddings."""
+    model = models("diffusion")
+    model.zero_grad()
+    noise, time = golden[1]["train_diffusion.noise"], torch.tensor([8.0, 14.0])
+    head = model.action_head
+    assert_close(head.embed_time(time, 32), golden[1]["train_diffusion.t_emb"][:, 0])
+    assert_close(head.corrupt(golden[1]["train.actions"], noise, time)[0], golden[1]["train_diffusion.noisy_actions"])
+    output = model(**training_batch(golden, pixels), noise=noise, time=time)
+    assert_close(output.head_predictions.detach(), golden[1]["train_diffusion.noise_pred"])
+    assert output.loss.item() == pytest.approx(golden[0]["runs"]["train_diffusion"]["loss"], rel=2e-6)
+    output.loss.backward()
+    names = {
+        "diff.noise_predictor.mlp_resnet.fc1.weight": "action_head.noise_predictor.mlp_resnet.fc1.weight",
+        "nap.fc1.weight": "noisy_action_projector.fc1.weight",
+    }
+    assert_gradients(model, golden, "train_diffusion", GRADIENTS | names)
+
+
+def test_training_film(models, golden, pixels):
+    """
+    The longest row; the reference's mean over the text counts the padding of the other, whose action would depend on
+    its neighbours.
+    """
+    with torch.no_grad():
+        predictions = models("film")(**training_batch(golden, pixels)).head_predictions
+    assert_close(predictions[1], golden[1]["train_film_l1.pred"][1])
+
+
+def test_noise_schedule(models, golden):
+    from importlib import import_module
+
+    head = models("diffusion").action_head
+    signal_left = import_module(type(head).__module__).signal_left
+    assert torch.equal(signal_left(50), golden[1]["diffusion.alphas_cumprod"])
+    for steps in (10, 50):
+        times = [time for time, _ in head.schedule(steps)]
+        kept = golden[1].get(f"diffusion.timesteps{steps}")
+        assert times == kept.tolist()
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+def test_padding_changes_nothing(converted, golden, pixels, implementation, padding_side):
+    """Rows of a padded batch, FiLM included, act as they do alone, whatever computes the attention."""
+    model, _ = load_policy(converted("film"), dtype=torch.float32, attn_implementation=implementation)
+    ids = golden[1]["input_ids"]
+    shorter = torch.cat([ids[:, :9], ids[:, 12:]], dim=1)
+    fill, side = ids.new_full((1, 3), 32000), padding_side == "left"
+    padded = torch.cat([fill, shorter] if side else [shorter, fill], dim=1)
+    proprio = golden[1]["train.proprio"]
+    batch = model.predict_action(input_ids=torch.cat([ids, padded]), pixel_values=pixels, proprio=proprio)
+    assert batch.shape == (2, 8, 7)
+    for row, row_ids in enumerate((ids, shorter)):
+        single = {"pixel_values": pixels[row : row + 1], "proprio": proprio[row : row + 1]}
+        np.testing.assert_allclose(batch[row], model.predict_action(input_ids=row_ids, **single), atol=2e-5)
+
+
+def test_converted_repository(converted):
+    """One complete repository, whose configuration and processor know what the files knew."""
+    directory = converted("film_lora")
+    config = json.loads((directory / "config.json").read_text())
+    expected = {
+        "attention_mode": "bidirectional",
+        "head_type": "l1",
+        "chunk_size": 8,
+        "action_dim": 7,
+        "proprio_dim": 8,
+        "use_proprio": True,
+        "use_film": True,
+        "num_images": 2,
+        "norm_type": "bounds_q99",
+        "append_stop_token": True,
+    }
+    assert {name: config[name] for name in expected} == expected
+    processor = json.loads((directory / "processor_config.json").read_text())
+    assert (processor["chunk_size"], processor["num_images"], processor["use_proprio"]) == (8, 2, True)
+    assert not list(directory.glob("*.pt"))
+    assert not any("lora_" in name for name in load_file(directory / "model.safetensors"))
+
+
+def test_state_is_normalized_as_published(converted, golden):
+    _, processor = load_policy(converted("l1"), dtype=torch.float32)
+    state = processor.normalize_state(golden[1]["proprio_raw"].numpy())
+    np.testing.assert_allclose(state[0], golden[1]["proprio_norm"], atol=1e-6)
+
+
+class TestConversion:
+    @pytest.fixture
+    def published(self, tmp_path):
+        return make_published(tmp_path / "published", "l1")
+
+    def test_lora_alpha_of_the_adapter(self, published, tmp_path):
+        """Where the repository has the adapter's settings, they are followed."""
+        from oft_checkpoint import read_component
+
+        path = OFT / "ckpt" / "film_lora" / FILM
+        name = "vision_backbone.featurizer.blocks.0.block.attn.qkv"
+        default, doubled = (read_component(path, alpha)[f"{name}.weight"] for alpha in (None, 32))
+        base = torch.load(path, weights_only=True)[f"{name}.base_layer.weight"].float()
+        torch.testing.assert_close(doubled - base, 2 * (default - base))
+
+    @pytest.mark.parametrize(
+        "options, message",
+        [
+            (OFTOptions(), "give --num_images, and --chunk_size or --platform"),
+            (OFTOptions(platform="libero"), "give --num_images"),
+            (OFTOptions(num_images=2), "give --num_images, and --chunk_size or --platform"),
+            (OFTOptions(platform="aloha", num_images=3), "has {'action_dim': 7, 'proprio_dim': 8}, other than the pl"),
+            (OFTOptions(platform="pr2", num_images=1), "'pr2' is not known"),
+        ],
+    )
+    def test_nothing_is_guessed(self, published, tmp_path, options, message):
+        with pytest.raises(ValueError, match=message):
+            convert(published, tmp_path / "out", oft=options)
+
+    def test_two_files_of_one_component(self, published, tmp_path):
+        shutil.copy(published / HEAD, published / "action_head--50000_checkpoint.pt")
+        with pytest.raises(ValueError, match=r"Both action_head--50000_checkpoint\.pt and action_head--latest"):
+            convert(published, tmp_path / "out", oft=LIBERO)
+
+    def test_tensors_must_fit(self, published, tmp_path):
+        tensors = torch.load(published / HEAD, weights_only=True)
+        tensors["module.model.fc3.weight"] = tensors.pop("module.model.fc1.bias")
+        torch.save(tensors, published / HEAD)
+        with pytest.raises(ValueError, match=r"1 missing: action_head.model.fc1.bias; 1 not of this model"):
+            convert(published, tmp_path / "out", oft=LIBERO)
+
+    def test_pickled_objects_are_not_loaded(self, published, tmp_path):
+        torch.save({"module.model.fc1.weight": Path("x")}, published / HEAD)
+        with pytest.raises(ValueError, match="not a file of tensors alone and is not loaded"):
+            convert(published, tmp_path / "out", oft=LIBERO)
+
+
+class TestDialects:
+    """Checkpoints of reinforcement learning on OpenVLA-OFT, whose tokens one pass predicts; no files beside them."""
+
+    @pytest.fixture
+    def published(self, tmp_path):
+        directory = make_published(tmp_path / "published", "l1")
+        for name in (HEAD, PROPRIO):
+            (directory / name).unlink()
+        return directory
+
+    @pytest.mark.parametrize("stop_token", [True, False])
+    def test_tokens_in_one_pass(self, published, tmp_path, golden, pixels, stop_token):
+        """With the stop token (official, SimpleVLA-RL) or without (RLinf), by one forward over all embeddings."""
+        options = OFTOptions(platform="libero", num_images=1, stop_token=stop_token)
+        convert(published, tmp_path / "out", dtype="float32", oft=options)
+        model, _ = load_policy(tmp_path / "out")
+        assert (model.config.head_type, model.config.append_stop_token) == ("tokens", stop_token)
+        ids, image = golden[1]["input_ids"], pixels[:1, :6]
+        output = model.predict_action(input_ids=ids, pixel_values=image, return_dict=True)
+        assert output.token_ids.shape == (1, 56)
+        assert output.probabilities.shape == (1, 56, 256)
+
+        embed = model.get_input_embeddings()
+        prompt = embed(torch.cat([ids, torch.tensor([[29871]])], dim=1))
+        zeros, stop = torch.zeros(1, 56, prompt.shape[-1]), embed(torch.tensor([[2] if stop_token else []]).long())
+        parts = [prompt[:, :1], model.get_image_features(image), prompt[:, 1:], zeros, stop]
+        sequence = torch.cat(parts, dim=1)
+        everything = torch.zeros(1, 1, sequence.shape[1], sequence.shape[1])
+        with torch.no_grad():
+            hidden = model.get_decoder()(inputs_embeds=sequence, attention_mask=everything).last_hidden_state
+            start = 256 + ids.shape[1]
+            logits = model.get_output_embeddings()(hidden[:, start : start + 56])[..., 31744:32000]
+        assert (logits.argmax(dim=-1) + 31744).tolist() == output.token_ids.tolist()
+
+    def test_sampling_with_temperature(self, published, tmp_path, golden, pixels):
+        convert(published, tmp_path / "out", oft=OFTOptions(platform="libero", num_images=1))
+        model, _ = load_policy(tmp_path / "out", dtype=torch.float32)
+        inputs = {"input_ids": golden[1]["input_ids"], "pixel_values": pixels[:1, :6]}
+        draws = [
+            model.predict_action(
+                **inputs, do_sample=True, temperature=1.6, generator=torch.Generator().manual_seed(seed)
+            )
+            for seed in (0, 0, 1)
+        ]
+        np.testing.assert_array_equal(draws[0], draws[1])
+        assert not np.array_equal(draws[0], draws[2])
