@@ -105,7 +105,7 @@ class TestConfiguration:
     @pytest.mark.parametrize(
         "overrides, message",
         [
-            ({"head_type": "fast"}, "'fast'` is not there yet|`head_type='fast'` is not there yet"),
+            ({"head_type": "fast"}, "`head_type='fast'` is not there yet"),
             ({"head_type": "l2"}, "`head_type` must be 'tokens' or one of .*, got 'l2'"),
             ({"attention_mode": "full"}, "`attention_mode` must be 'causal' or 'bidirectional', got 'full'"),
             ({"chunk_size": 0}, "`chunk_size` must be a positive integer, got 0"),
@@ -363,7 +363,7 @@ class TestHeads:
 class TestTraining:
     @pytest.mark.parametrize("kind", [*KINDS, "causal"])
     def test_all_that_runs_learns(self, policies, kind):
-        """Every parameter that asks for a gradient gets one, from a batch padded on either side."""
+        """Every parameter that asks for a gradient gets one."""
         model, processor = policies(kind)
         actions = ACTIONS[:, :2] if kind == "causal" else ACTIONS
         model.zero_grad()
@@ -378,9 +378,9 @@ class TestTraining:
         assert any("lm_head" in name for name in model.unused_linear_names()) == model.config.is_continuous
 
     @pytest.mark.parametrize("kind", ["tokens", "l1", "film"])
-    def test_training_sees_what_prediction_sees(self, policies, kind):
+    def test_training_sees_what_prediction_sees(self, kind):
         """The forward pass of a training batch, whatever the actions in it, predicts what `predict_action` does."""
-        model, processor = policies(kind)
+        model, processor = make_policy(**KINDS[kind])
         expected = model.predict_action(**observations(processor), return_dict=True).normalized_actions
         processor.tokenizer.padding_side = "right"
         processor._instruction_tokenizer.padding_side = "right"
