@@ -913,8 +913,8 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         side, channels = self.config.image_sizes[0], 3 * len(self.config.image_sizes) * self.config.num_images
         if pixel_values.ndim != 4 or pixel_values.shape[1:] != (channels, side, side):
             raise ValueError(
-                f"`pixel_values` must be of shape (batch, {channels}, {side}, {side}) for {self.config.num_images} "
-                f"image(s), got {tuple(pixel_values.shape)}."
+                f"`pixel_values` must be of shape (batch, {channels}, {side}, {side}), got "
+                f"{tuple(pixel_values.shape)}; this policy looks at {self.config.num_images} image(s)."
             )
         if len(pixel_values) != len(input_ids):
             raise ValueError(

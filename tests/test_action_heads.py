@@ -221,7 +221,7 @@ class TestPrediction:
             ("l1", {"proprio": None}, "needs `proprio`: pass `state=`"),
             ("l1", {"proprio": torch.zeros(1, 4)}, r"`proprio` must be of shape \(1, 5\), got \(1, 4\)"),
             ("l1", {"proprio": torch.full((1, 5), torch.nan)}, "`proprio` hold NaN"),
-            ("l1", {"pixel_values": torch.zeros(1, 6, 28, 28)}, r"\(batch, 12, 28, 28\) for 2 image"),
+            ("l1", {"pixel_values": torch.zeros(1, 6, 28, 28)}, r"\(batch, 12, 28, 28\), got .* looks at 2 image"),
             ("l1", {"noise": torch.zeros(1, 3, 7)}, "mean nothing to a 'l1' head"),
             ("diffusion", {"noise": torch.zeros(1, 2, 7)}, r"`noise` must be of shape \(1, 3, 7\)"),
             ("diffusion", {"num_inference_steps": 51}, "takes 1 to 50 steps, got 51"),
