@@ -419,9 +419,9 @@ class TestTraining:
 
     def test_labels_of_another_chunk(self, policies):
         model, processor = policies("tokens")
-        batch = observations(processor, actions=ACTIONS)
+        batch = observations(processor, slice(1), actions=ACTIONS[:1])
         batch["labels"][:, -8:-1] = -100
-        with pytest.raises(ValueError, match=r"3 action\(s\) of 7 tokens, got \[14, 14, 14\]"):
+        with pytest.raises(ValueError, match=r"needs the action tokens of 3 action\(s\), got \[14\]"):
             model(**batch)
 
     @pytest.mark.slow
@@ -586,4 +586,5 @@ class TestSaving:
         images = list(np.random.default_rng(0).integers(0, 256, (2, 28, 28, 3), dtype=np.uint8))
         inputs = processor(instruction="pick up the cube", images=images, state=[0.1, 0.2, 0.3, 0.4, 0.5])
         expected = model.predict_action(**inputs)
-        np.testing.assert_array_equal(np.array(json.loads(result.stdout.splitlines()[-1])), expected)
+        # The first forward of a process may be off by 1e-4: see conftest.
+        np.testing.assert_allclose(json.loads(result.stdout.splitlines()[-1]), expected, atol=1e-3)
