@@ -10,9 +10,18 @@ from .configuration_openvla import OpenVLAConfig
 # Parameters and modules carry the published names, without the `module.` in front of them on disk.
 
 
+class ZeroLinear(nn.Linear):
+    """Starts with zero weights: transformers initialises layer by layer, and knows them by their class."""
+
+
+class HeadLinear(nn.Linear):
+    """Starts with torch's own weights, as published; few inputs would be lost with the language model's small ones."""
+
+
 class FiLM(nn.Module):
     """
-    Feature-wise linear modulation by the instruction, https://arxiv.org/abs/1709.07871: x (1 + scale) + shift.
+    Feature-wise linear modulation by the instruction, https://arxiv.org/abs/1709.07871: x (1 + scale) + shift. A fresh
+    one is the identity.
 
     Args:
         dim (`int`): Width of the vision tower.
@@ -21,8 +30,8 @@ class FiLM(nn.Module):
 
     def __init__(self, dim: int, text_dim: int):
         super().__init__()
-        self.scale = nn.Linear(text_dim, dim)
-        self.shift = nn.Linear(text_dim, dim)
+        self.scale = ZeroLinear(text_dim, dim)
+        self.shift = ZeroLinear(text_dim, dim)
 
     def forward(self, hidden: torch.Tensor, instruction: torch.Tensor) -> torch.Tensor:
         """`hidden` (B, N, D), modulated alike at all N by `instruction` (B, H)."""
@@ -34,8 +43,8 @@ class InputProjector(nn.Module):
 
     def __init__(self, input_dim: int, dim: int):
         super().__init__()
-        self.fc1 = nn.Linear(input_dim, dim)
-        self.fc2 = nn.Linear(dim, dim)
+        self.fc1 = HeadLinear(input_dim, dim)
+        self.fc2 = HeadLinear(dim, dim)
         self.act = nn.GELU()
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
@@ -45,7 +54,7 @@ class InputProjector(nn.Module):
 class MLPResNetBlock(nn.Module):
     def __init__(self, dim: int):
         super().__init__()
-        self.ffn = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim), nn.ReLU())
+        self.ffn = nn.Sequential(nn.LayerNorm(dim), HeadLinear(dim, dim), nn.ReLU())
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         return hidden + self.ffn(hidden)
@@ -64,11 +73,11 @@ class MLPResNet(nn.Module):
         super().__init__()
         self.action_dim = action_dim
         self.layer_norm1 = nn.LayerNorm(action_dim * dim)
-        self.fc1 = nn.Linear(action_dim * dim, dim)
+        self.fc1 = HeadLinear(action_dim * dim, dim)
         self.act = nn.ReLU()
         self.mlp_resnet_blocks = nn.ModuleList([MLPResNetBlock(dim) for _ in range(2)])
         self.layer_norm2 = nn.LayerNorm(dim)
-        self.fc2 = nn.Linear(dim, action_dim)
+        self.fc2 = HeadLinear(dim, action_dim)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         hidden = hidden.to(self.fc1.weight.dtype).unflatten(1, (-1, self.action_dim))  # (B, K * D, H) -> (B, K, D, H)

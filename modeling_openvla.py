@@ -24,7 +24,7 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.utils import logging
 
 from .action_codec_openvla import ActionCodec, action_dim, select_row_statistics, select_statistics, unnormalize
-from .action_heads_openvla import FiLM, InputProjector, MLPResNet, make_action_head
+from .action_heads_openvla import FiLM, HeadLinear, InputProjector, ZeroLinear, make_action_head
 from .configuration_openvla import (
     HUB_PUSH_ARGUMENTS,
     OpenVLAConfig,
@@ -306,7 +306,12 @@ class OpenVLAPreTrainedModel(PreTrainedModel):
         std = self.config.text_config.initializer_range
         # The language model, a PreTrainedModel itself, brings its own.
         if isinstance(module, (nn.Linear, nn.Conv2d)):
-            nn.init.normal_(module.weight, mean=0.0, std=std)
+            if isinstance(module, ZeroLinear):
+                nn.init.zeros_(module.weight)
+            elif isinstance(module, HeadLinear):
+                nn.init.kaiming_uniform_(module.weight, a=5**0.5)
+            else:
+                nn.init.normal_(module.weight, mean=0.0, std=std)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, nn.LayerNorm):
@@ -314,13 +319,6 @@ class OpenVLAPreTrainedModel(PreTrainedModel):
             nn.init.zeros_(module.bias)
         elif isinstance(module, LayerScale):
             nn.init.ones_(module.scale_factor)
-        elif isinstance(module, FiLM):  # after its layers: the identity
-            for parameter in module.parameters():
-                nn.init.zeros_(parameter)
-        elif isinstance(module, (InputProjector, MLPResNet)):
-            for layer in module.modules():
-                if isinstance(layer, nn.Linear):  # as published; few inputs would be lost with `std`
-                    nn.init.kaiming_uniform_(layer.weight, a=5**0.5)
         elif isinstance(module, (VisionTower, AttentionPool)):
             for parameter in module.parameters(recurse=False):
                 nn.init.normal_(parameter, mean=0.0, std=std)
@@ -531,14 +529,9 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: On missing or contradicting inputs, naming their shapes.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`.")
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
+        self._check_forms(input_ids, inputs_embeds, pixel_values, position_ids)
         if pixel_values is not None:
-            if input_ids is None:
-                raise ValueError("`pixel_values` need `input_ids`; `inputs_embeds` must hold the image already.")
-            if position_ids is not None and not (input_ids == self.config.image_token_id).any():
-                raise ValueError("`position_ids` need `input_ids` with image placeholders.")
             if attention_mask is None and (input_ids == self.config.pad_token_id).any():
                 attention_mask = self._default_mask(input_ids, None)
             input_ids, attention_mask, labels = self._expand_image(input_ids, pixel_values, attention_mask, labels)
@@ -549,9 +542,7 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
             features = self._observe(input_ids, attention_mask, is_action, pixel_values, proprio)
         if inputs_embeds is None:
             inputs_embeds = self._embed(input_ids, self._with_time(features, time))
-        if is_action is not None:
-            inputs_embeds = self._place_actions(inputs_embeds, is_action, noisy)
-
+        inputs_embeds = self._place_actions(inputs_embeds, is_action, noisy)
         config = self.config
         outputs = self._decode(
             inputs_embeds,
@@ -563,12 +554,12 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
             output_hidden_states=config.output_hidden_states if output_hidden_states is None else output_hidden_states,
             **kwargs,
         )
-        hidden, loss, logits, predictions = outputs.last_hidden_state, None, None, None
+        hidden, logits, predictions = outputs.last_hidden_state, None, None
         if target is None:
             loss, logits = self._logits_and_loss(hidden, labels, logits_to_keep, num_items_in_batch)
         else:
-            share = None if num_items_in_batch is None else (labels != -100).sum() / num_items_in_batch
             predictions = self.action_head(_in_front_of(hidden, is_action))  # (B, K, D)
+            share = None if num_items_in_batch is None else (labels != -100).sum() / num_items_in_batch
             loss = self._head_loss(predictions, target, action_is_pad, share)
         output = OpenVLAOutput(
             loss=loss,
@@ -944,6 +935,23 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
 
         return expand(input_ids, image_token_id), expand(attention_mask, 1), expand(labels, -100)
 
+    def _check_forms(
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        pixel_values: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+    ) -> None:
+        """Refuse inputs of `forward` that contradict each other."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`.")
+        if pixel_values is None:
+            return
+        if input_ids is None:
+            raise ValueError("`pixel_values` need `input_ids`; `inputs_embeds` must hold the image already.")
+        if position_ids is not None and not (input_ids == self.config.image_token_id).any():
+            raise ValueError("`position_ids` need `input_ids` with image placeholders.")
+
     def _observe(
         self,
         input_ids: torch.LongTensor,
@@ -1023,9 +1031,11 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         return noisy, target, time
 
     def _place_actions(
-        self, inputs_embeds: torch.Tensor, is_action: torch.Tensor, noisy: torch.Tensor | None
+        self, inputs_embeds: torch.Tensor, is_action: torch.Tensor | None, noisy: torch.Tensor | None
     ) -> torch.Tensor:
         """`inputs_embeds` (B, T, H) with zeros, or the `noisy` actions (B, K, D), at the positions of the actions."""
+        if is_action is None:
+            return inputs_embeds
         positions = is_action[..., None].to(inputs_embeds.device)  # (B, T, 1)
         if noisy is None:
             return inputs_embeds.masked_fill(positions, 0.0)
