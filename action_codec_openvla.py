@@ -8,6 +8,10 @@ import numpy as np
 from .configuration_openvla import OpenVLAConfig
 
 
+# Statistics that scale a number, by `norm_type`: bounds, or mean and standard deviation.
+STATISTICS_BOUNDS = {"bounds_q99": ("q01", "q99"), "bounds": ("min", "max"), "normal": ("mean", "std")}
+
+
 class ActionCodec:
     """
     Uniform bins over [-1, 1], spoken as the last tokens of the vocabulary.
@@ -178,7 +182,7 @@ def unnormalize(normalized: np.ndarray, statistics: dict, norm_type: str = "boun
 
 def _affine(statistics: dict, norm_type: str, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Offset, scale and mask, each (D,)."""
-    names = {"bounds_q99": ("q01", "q99"), "bounds": ("min", "max"), "normal": ("mean", "std")}[norm_type]
+    names = STATISTICS_BOUNDS[norm_type]
     if missing := [name for name in names if name not in statistics]:
         raise ValueError(f"`norm_type={norm_type!r}` needs {list(names)}, and the statistics lack {missing}.")
     first, second = (np.asarray(statistics[name], dtype=np.float64) for name in names)

@@ -156,6 +156,8 @@ LANGUAGE_MODELS = {
     "phi-2-3b": ("microsoft/phi-2", "phi", _PHI_2, None),
 }
 
+_CONTINUOUS_HEADS = ("l1", "diffusion", "flow")
+
 # Fields of a published config.json that follow from the two ids; they are written, and recomputed when read.
 _DERIVED_FIELDS = ("timm_model_ids", "timm_override_act_layers", "image_sizes", "hf_llm_id")
 
@@ -269,6 +271,22 @@ class OpenVLAConfig(PretrainedConfig):
         closing_token_id (`int`, `None` or `"auto"`, defaults to `"auto"`): Token that ends the prompt, in front of the
             actions; `None`: no such token; `"auto"`: the "▁" piece of the language model's tokenizer.
         image_token_id (`int`, *optional*): Placeholder of an image patch. Default: the last, padding row.
+        head_type (`str`, defaults to `"tokens"`): What speaks the actions: `tokens` (the language model), or a head on
+            its hidden states: `l1` (regression), `diffusion` or `flow` (flow matching).
+        attention_mode (`str`, defaults to `"causal"`): `causal`: action tokens one by one. `bidirectional`: every
+            token sees every other, and all actions come out of one pass (OpenVLA-OFT).
+        chunk_size (`int`, defaults to 1): Actions per prediction, one after the other in time.
+        action_dim (`int`, *optional*): Numbers per action. Default: as many as the statistics have; the heads on
+            hidden states need it.
+        use_proprio (`bool`, defaults to `False`), proprio_dim (`int`, *optional*): Whether the robot's state goes in,
+            as one position behind the images, and of how many numbers it is.
+        num_images (`int`, defaults to 1): Camera images per observation, the third-person view first.
+        use_film (`bool`, defaults to `False`): Whether the instruction modulates every block of the vision towers.
+        append_stop_token (`bool`, defaults to `True`): Whether the end-of-sequence token follows the actions that are
+            predicted in one pass.
+        diffusion_steps (`int`, defaults to 50): Noise levels that a `diffusion` head was trained with.
+        num_inference_steps (`int`, *optional*): Passes per prediction of the `diffusion` and `flow` heads. Default:
+            `diffusion_steps`, and 10.
         pad_token_id (`int`, defaults to 32000), pad_to_multiple_of (`int`, defaults to 64), llm_max_length (`int`,
             defaults to 2048), output_projector_states (`bool`, defaults to `False`): As published.
     """
@@ -292,6 +310,17 @@ class OpenVLAConfig(PretrainedConfig):
         action_token_end: int | None = None,
         closing_token_id: int | str | None = "auto",
         image_token_id: int | None = None,
+        head_type: str = "tokens",
+        attention_mode: str = "causal",
+        chunk_size: int = 1,
+        action_dim: int | None = None,
+        use_proprio: bool = False,
+        proprio_dim: int | None = None,
+        num_images: int = 1,
+        use_film: bool = False,
+        append_stop_token: bool = True,
+        diffusion_steps: int = 50,
+        num_inference_steps: int | None = None,
         pad_token_id: int | None = 32000,
         pad_to_multiple_of: int = 64,
         llm_max_length: int = 2048,
@@ -311,6 +340,17 @@ class OpenVLAConfig(PretrainedConfig):
         self.norm_stats = check_statistics(norm_stats or {})
         self.norm_type = norm_type
         self.n_action_bins = n_action_bins
+        self.head_type = head_type
+        self.attention_mode = attention_mode
+        self.chunk_size = chunk_size
+        self.action_dim = action_dim
+        self.use_proprio = use_proprio
+        self.proprio_dim = proprio_dim
+        self.num_images = num_images
+        self.use_film = use_film
+        self.append_stop_token = append_stop_token
+        self.diffusion_steps = diffusion_steps
+        self.num_inference_steps = num_inference_steps
         self.pad_to_multiple_of = pad_to_multiple_of
         self.llm_max_length = llm_max_length
         self.output_projector_states = output_projector_states
@@ -326,6 +366,7 @@ class OpenVLAConfig(PretrainedConfig):
         # A map that names other code (the published one) is not followed.
         self.auto_map = auto_map if "configuration_openvla" in auto_map.get("AutoConfig", "") else dict(AUTO_MAP)
         self._check_tokens()
+        self._check_head()
 
     @property
     def towers(self) -> list[TowerConfig]:
@@ -341,8 +382,23 @@ class OpenVLAConfig(PretrainedConfig):
 
     @property
     def num_image_tokens(self) -> int:
-        """Positions that one observation's image takes in the sequence."""
-        return self.towers[0].num_patches
+        """Positions that the observation takes in front of the text: patches, the state, and the noise level."""
+        return self.num_images * self.towers[0].num_patches + self.use_proprio + self.is_denoising
+
+    @property
+    def stop_token_id(self) -> int | None:
+        """The end-of-sequence token of the language model."""
+        return self.text_config.eos_token_id
+
+    @property
+    def is_continuous(self) -> bool:
+        """Whether a head on the hidden states gives the actions, instead of the language model's tokens."""
+        return self.head_type in _CONTINUOUS_HEADS
+
+    @property
+    def is_denoising(self) -> bool:
+        """Whether the actions are made out of noise in several passes."""
+        return self.head_type in ("diffusion", "flow")
 
     @property
     def action_token_begin(self) -> int:
@@ -456,6 +512,61 @@ class OpenVLAConfig(PretrainedConfig):
             raise ValueError(f"`image_token_id` {self.image_token_id} is an action token.")
         if self.norm_type not in ("bounds_q99", "bounds", "normal"):
             raise ValueError(f"`norm_type` must be 'bounds_q99', 'bounds' or 'normal', got {self.norm_type!r}.")
+
+    def _check_head(self) -> None:
+        """Refuse combinations that have no meaning."""
+        if self.head_type == "fast":
+            raise ValueError("`head_type='fast'` is not there yet; use 'tokens', 'l1', 'diffusion' or 'flow'.")
+        if self.head_type not in ("tokens", *_CONTINUOUS_HEADS):
+            raise ValueError(f"`head_type` must be 'tokens' or one of {_CONTINUOUS_HEADS}, got {self.head_type!r}.")
+        if self.attention_mode not in ("causal", "bidirectional"):
+            raise ValueError(f"`attention_mode` must be 'causal' or 'bidirectional', got {self.attention_mode!r}.")
+        self._check_counts()
+        if self.is_continuous and self.action_dim is None:
+            raise ValueError(f"`head_type={self.head_type!r}` needs `action_dim`.")
+        if self.attention_mode == "causal":
+            self._check_causal()
+        elif self.append_stop_token and not isinstance(self.stop_token_id, int):
+            raise ValueError(
+                f"`append_stop_token=True` needs one `eos_token_id` in `text_config`, got {self.stop_token_id!r}."
+            )
+        if self.num_inference_steps is not None and not self.is_denoising:
+            raise ValueError(f"`num_inference_steps` is for the 'diffusion' and 'flow' heads, not {self.head_type!r}.")
+        if self.head_type == "diffusion" and (self.num_inference_steps or 1) > self.diffusion_steps:
+            raise ValueError(
+                f"`num_inference_steps` {self.num_inference_steps} exceeds the {self.diffusion_steps} noise levels "
+                "that the head was trained with (`diffusion_steps`)."
+            )
+        if self.use_proprio != (self.proprio_dim is not None):
+            raise ValueError(
+                "`use_proprio=True` and `proprio_dim` go together, got "
+                f"`use_proprio={self.use_proprio}` and `proprio_dim={self.proprio_dim}`."
+            )
+        if self.use_proprio and self.norm_stats and not any("proprio" in s for s in self.norm_stats.values()):
+            raise ValueError(
+                f"`use_proprio=True` needs `proprio` statistics, and those of {sorted(self.norm_stats)} have none."
+            )
+
+    def _check_counts(self) -> None:
+        required, optional = ("chunk_size", "num_images", "diffusion_steps"), ("action_dim", "proprio_dim")
+        for name in (*required, *optional, "num_inference_steps"):
+            value = getattr(self, name)
+            if (value is not None or name in required) and (type(value) is not int or value < 1):
+                raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
+
+    def _check_causal(self) -> None:
+        """What only one pass over all actions can do."""
+        if self.is_continuous:
+            raise ValueError(
+                f"`head_type={self.head_type!r}` reads all actions of one pass: set `attention_mode='bidirectional'`."
+            )
+        if self.use_film:
+            raise ValueError(
+                "`use_film=True` averages the instruction and the stop token behind the actions, which a causal "
+                "model does not know yet: set `attention_mode='bidirectional'`."
+            )
+        if not self.append_stop_token:
+            raise ValueError("`append_stop_token=False` means nothing where action tokens are decoded one by one.")
 
 
 def _look_up(field: str, name: str | None, table: dict[str, Any]) -> Any:

@@ -49,11 +49,11 @@ class SamplingParams:
         return torch.multinomial(probabilities, num_samples=1, generator=self.generator).squeeze(-1)
 
 
-def check_finite(logits: torch.Tensor) -> None:
-    """Raise a `FloatingPointError` for logits that are not finite: their argmax would pass for a full-scale action."""
-    if not torch.isfinite(logits).all():
+def check_finite(values: torch.Tensor, name: str = "logits") -> None:
+    """Raise a `FloatingPointError` for what is not finite: the argmax of NaN would pass for a full-scale action."""
+    if not torch.isfinite(values).all():
         raise FloatingPointError(
-            f"The policy's logits are NaN or infinite. In {logits.dtype} it may have overflowed (float16 does; use "
+            f"The policy's {name} are NaN or infinite. In {values.dtype} it may have overflowed (float16 does; use "
             "bfloat16 or float32), or its weights are damaged."
         )
 
@@ -133,3 +133,61 @@ def positions_of(attention_mask: torch.Tensor) -> torch.Tensor:
     padding = attention_mask.ne(0).to(torch.uint8).argmax(dim=1, keepdim=True)  # (B, 1)
     positions = torch.arange(attention_mask.shape[1], device=attention_mask.device)
     return (positions - padding).clamp(min=0)  # (B, T)
+
+
+def bidirectional_arguments(
+    attention_mask: torch.Tensor, dtype: torch.dtype, attn_implementation: str
+) -> dict[str, torch.Tensor | bool | None]:
+    """
+    Arguments of a decoder with which every token sees every other that is not padding.
+
+    A mask for each query and key is taken as it is by every implementation of attention but the flash ones. Those
+    know padding alone, and follow `is_causal`, which the decoder's layers pass on to them.
+
+    Args:
+        attention_mask (`torch.Tensor`): (B, T), zero at the padding.
+        dtype (`torch.dtype`): Of the embeddings.
+        attn_implementation (`str`): `sdpa`, `eager`, `flash_attention_2`, ...
+
+    Returns:
+        `dict`: `attention_mask`, (B, 1, T, T), or (B, T) or `None` for flash attention; and `is_causal`.
+    """
+    if "flash" in attn_implementation:
+        return {"attention_mask": None if attention_mask.all() else attention_mask, "is_causal": False}
+    length = attention_mask.shape[1]
+    visible = attention_mask.bool()[:, None, None].expand(-1, 1, length, -1)  # (B, 1, T, T)
+    if attn_implementation != "sdpa":  # the others add the mask to their scores
+        hidden = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+        return {"attention_mask": hidden.masked_fill(~visible, torch.finfo(dtype).min), "is_causal": False}
+    return {"attention_mask": visible, "is_causal": False}
+
+
+def check_attention(
+    decode: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], embeddings: torch.Tensor, attention_mode: str
+) -> None:
+    """
+    See what each position sees: one batch in which the last token is changed, and the padding in front.
+
+    Args:
+        decode (`Callable`): From embeddings (B, T, H) and mask (B, T) to hidden states (B, T, H).
+        embeddings (`torch.Tensor`): Of T + 1 different tokens, (T + 1, H).
+        attention_mode (`str`): What is expected, `causal` or `bidirectional`.
+
+    Raises:
+        RuntimeError: If other positions change than should.
+    """
+    row, other = embeddings[:-1], embeddings[-1:]  # (T, H), (1, H)
+    rows = torch.stack([row, row, torch.cat([row[:-1], other]), torch.cat([other, row[1:]])])  # (4, T, H)
+    mask = torch.ones(rows.shape[:2], dtype=torch.long, device=rows.device)
+    mask[:, 0] = 0
+    hidden = decode(rows, mask)[:, 1:].float()  # (4, T - 1, H)
+    change = (hidden[1:] - hidden[0]).abs().amax(dim=-1)  # (3, T - 1)
+    # The same row twice: what differs there is rounding.
+    changed = (change[1:] > 10 * change[0].max()).tolist()
+    expected = [attention_mode == "bidirectional"] * (len(row) - 2) + [True]
+    if changed != [expected, [False] * (len(row) - 1)]:
+        raise RuntimeError(
+            f"The language model's attention is not {attention_mode}, as the configuration says. Positions that "
+            f"changed with the last token: {changed[0]}; with the padding: {changed[1]}. The attention implementation "
+            "does not follow the mask; set another one, such as `attn_implementation='sdpa'`."
+        )

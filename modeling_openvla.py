@@ -24,6 +24,7 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.utils import logging
 
 from .action_codec_openvla import ActionCodec, action_dim, select_row_statistics, select_statistics, unnormalize
+from .action_heads_openvla import FiLM, HeadLinear, InputProjector, ZeroLinear, make_action_head
 from .configuration_openvla import (
     HUB_PUSH_ARGUMENTS,
     OpenVLAConfig,
@@ -31,14 +32,30 @@ from .configuration_openvla import (
     check_statistics,
     copy_remote_code,
 )
-from .decoding_openvla import SamplingParams, decode_action_tokens, left_pad, positions_of
+from .decoding_openvla import (
+    SamplingParams,
+    action_logits_function,
+    bidirectional_arguments,
+    check_attention,
+    check_finite,
+    decode_action_tokens,
+    left_pad,
+    positions_of,
+)
 
 
 logger = logging.get_logger(__name__)
 
 # Left in full precision by default when a checkpoint is loaded in 4 or 8 bits: together they are an eighth of
 # openvla-7b, carry the precision of the action, and bitsandbytes cannot run every shape of the towers.
-UNQUANTIZED_MODULES = ["vision_backbone", "projector", "lm_head"]
+UNQUANTIZED_MODULES = [
+    "vision_backbone",
+    "projector",
+    "lm_head",
+    "action_head",
+    "proprio_projector",
+    "noisy_action_projector",
+]
 
 
 @dataclass
@@ -47,12 +64,14 @@ class OpenVLAOutput(ModelOutput):
     Output of [`OpenVLAForActionPrediction.forward`].
 
     Args:
-        loss (`torch.Tensor`): Mean cross-entropy over the supervised tokens; with `labels`.
+        loss (`torch.Tensor`): With `labels`: mean cross-entropy over the supervised tokens, or the head's own loss.
         logits (`torch.Tensor`): (B, T, V), T including the image positions; with `labels` and no `logits_to_keep`
             (B, A, V), the logits that predict the supervised tokens, right-aligned.
         past_key_values (`Cache`): With `use_cache`.
         hidden_states, attentions (`tuple[torch.Tensor]`): Of the language model, when asked for.
         projector_features (`torch.Tensor`): (B, P, H), with `output_projector_features`.
+        head_predictions (`torch.Tensor`): (B, K, D), with `labels` and a head on the hidden states: the normalised
+            actions (`l1`), the noise (`diffusion`) or the velocity (`flow`) that it predicts.
     """
 
     loss: torch.FloatTensor | None = None
@@ -61,6 +80,7 @@ class OpenVLAOutput(ModelOutput):
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
     projector_features: torch.FloatTensor | None = None
+    head_predictions: torch.FloatTensor | None = None
 
 
 @dataclass
@@ -69,12 +89,12 @@ class OpenVLAActionOutput(ModelOutput):
     Output of [`OpenVLAForActionPrediction.predict_action`] with `return_dict=True`.
 
     Args:
-        actions (`np.ndarray`): float64 (D,) or (B, D), in the units of the dataset.
-        normalized_actions (`np.ndarray`): The same in [-1, 1].
-        token_ids (`torch.Tensor`): (B, D).
-        probabilities (`torch.Tensor`): float32 (B, D, n_action_bins), over the bins in ascending order of their value;
-            of the model itself, before temperature, top-k and top-p.
-        entropy (`torch.Tensor`): float32 (B, D), of `probabilities`, in nats: 0 where the model is sure,
+        actions (`np.ndarray`): float64 (D,) or (B, D), with chunks (K, D) or (B, K, D), in the units of the dataset.
+        normalized_actions (`np.ndarray`): The same in [-1, 1], which heads on the hidden states may leave a little.
+        token_ids (`torch.Tensor`): (B, K * D). This and the following: `None` where a head gives the actions.
+        probabilities (`torch.Tensor`): float32 (B, K * D, n_action_bins), over the bins in ascending order of their
+            value; of the model itself, before temperature, top-k and top-p.
+        entropy (`torch.Tensor`): float32 (B, K * D), of `probabilities`, in nats: 0 where the model is sure,
             log(n_action_bins) where it knows nothing.
     """
 
@@ -132,7 +152,7 @@ class MLP(nn.Module):
 
 
 class VisionBlock(GradientCheckpointingLayer):
-    def __init__(self, config: TowerConfig):
+    def __init__(self, config: TowerConfig, film_dim: int | None = None):
         super().__init__()
         self.norm1 = nn.LayerNorm(config.embed_dim, eps=config.norm_eps)
         self.attn = Attention(config.embed_dim, config.num_heads)
@@ -140,9 +160,12 @@ class VisionBlock(GradientCheckpointingLayer):
         self.norm2 = nn.LayerNorm(config.embed_dim, eps=config.norm_eps)
         self.mlp = MLP(config.embed_dim, config.mlp_dim, config.hidden_act)
         self.ls2 = LayerScale(config.embed_dim) if config.layer_scale else nn.Identity()
+        self.film = None if film_dim is None else FiLM(config.embed_dim, film_dim)
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, instruction: torch.Tensor | None = None) -> torch.Tensor:
         hidden = hidden + self.ls1(self.attn(self.norm1(hidden)))
+        if self.film is not None:
+            hidden = self.film(hidden, instruction)
         return hidden + self.ls2(self.mlp(self.norm2(hidden)))
 
 
@@ -173,7 +196,7 @@ class AttentionPool(nn.Module):
 class VisionTower(nn.Module):
     """A vision transformer that returns the patch tokens of one of its blocks, without the final norm."""
 
-    def __init__(self, config: TowerConfig):
+    def __init__(self, config: TowerConfig, film_dim: int | None = None):
         super().__init__()
         dim = config.embed_dim
         self.config = config
@@ -183,7 +206,7 @@ class VisionTower(nn.Module):
         num_positions = config.num_patches + (config.num_prefix_tokens if config.embed_class_token else 0)
         self.pos_embed = nn.Parameter(torch.zeros(1, num_positions, dim))
         self.norm_pre = nn.LayerNorm(dim, eps=config.norm_eps) if config.pre_norm else nn.Identity()
-        self.blocks = nn.ModuleList([VisionBlock(config) for _ in range(config.depth)])
+        self.blocks = nn.ModuleList([VisionBlock(config, film_dim) for _ in range(config.depth)])
         self.norm = nn.LayerNorm(dim, eps=config.norm_eps) if config.final_norm else nn.Identity()
         self.attn_pool = AttentionPool(config) if config.attention_pool else nn.Identity()
         self.freeze_unused()
@@ -197,7 +220,7 @@ class VisionTower(nn.Module):
         """What is held for other runtimes and never runs."""
         return [*self.blocks[self.config.num_used_blocks :], self.norm, self.attn_pool]
 
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+    def forward(self, pixel_values: torch.Tensor, instruction: torch.Tensor | None = None) -> torch.Tensor:
         hidden = self.patch_embed(pixel_values)  # (B, P, D)
         tokens = [token for token in (self.cls_token, self.reg_token) if token is not None]
         prefix = [token.expand(len(hidden), -1, -1) for token in tokens]
@@ -207,27 +230,40 @@ class VisionTower(nn.Module):
             hidden = torch.cat([*prefix, hidden + self.pos_embed], dim=1)  # (B, prefix + P, D)
         hidden = self.norm_pre(hidden)
         for block in self.blocks[: self.config.num_used_blocks]:
-            hidden = block(hidden)
+            hidden = block(hidden) if instruction is None else block(hidden, instruction)
         return hidden[:, self.config.num_prefix_tokens :]  # (B, P, D)
 
 
 class VisionBackbone(nn.Module):
-    """One or two towers over the same image, their features side by side."""
+    """
+    One or two towers over the same image, their features side by side; several images one after the other.
 
-    def __init__(self, towers: Sequence[TowerConfig]):
+    Args:
+        towers (`Sequence[TowerConfig]`): One or two.
+        num_images (`int`, defaults to 1): Images per observation.
+        film_dim (`int`, *optional*): Width of the instruction's embedding that modulates the towers, if one does.
+    """
+
+    def __init__(self, towers: Sequence[TowerConfig], num_images: int = 1, film_dim: int | None = None):
         super().__init__()
-        self.featurizer = VisionTower(towers[0])
-        self.fused_featurizer = VisionTower(towers[1]) if len(towers) == 2 else None
+        self.featurizer = VisionTower(towers[0], film_dim)
+        self.fused_featurizer = VisionTower(towers[1], film_dim) if len(towers) == 2 else None
         self.embed_dim = sum(tower.embed_dim for tower in towers)
+        self.num_images = num_images
 
     @property
     def towers(self) -> list[VisionTower]:
         return [tower for tower in (self.featurizer, self.fused_featurizer) if tower is not None]
 
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        images = pixel_values.split(3, dim=1)  # one (B, 3, S, S) per tower
-        features = [tower(image) for tower, image in zip(self.towers, images, strict=True)]
-        return torch.cat(features, dim=-1)  # (B, P, embed_dim)
+    def forward(self, pixel_values: torch.Tensor, instruction: torch.Tensor | None = None) -> torch.Tensor:
+        """Features (B, images * P, embed_dim) of `pixel_values` (B, images * towers * 3, S, S)."""
+        pixel_values = pixel_values.unflatten(1, (self.num_images, -1)).flatten(0, 1)  # (B * images, towers * 3, S, S)
+        if instruction is not None:
+            instruction = instruction.repeat_interleave(self.num_images, dim=0)  # (B * images, H)
+        images = pixel_values.split(3, dim=1)  # one (B * images, 3, S, S) per tower
+        features = [tower(image, instruction) for tower, image in zip(self.towers, images, strict=True)]
+        features = torch.cat(features, dim=-1)  # (B * images, P, embed_dim)
+        return features.unflatten(0, (-1, self.num_images)).flatten(1, 2)
 
 
 class Projector(nn.Module):
@@ -270,7 +306,12 @@ class OpenVLAPreTrainedModel(PreTrainedModel):
         std = self.config.text_config.initializer_range
         # The language model, a PreTrainedModel itself, brings its own.
         if isinstance(module, (nn.Linear, nn.Conv2d)):
-            nn.init.normal_(module.weight, mean=0.0, std=std)
+            if isinstance(module, ZeroLinear):
+                nn.init.zeros_(module.weight)
+            elif isinstance(module, HeadLinear):
+                nn.init.kaiming_uniform_(module.weight, a=5**0.5)
+            else:
+                nn.init.normal_(module.weight, mean=0.0, std=std)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, nn.LayerNorm):
@@ -285,26 +326,35 @@ class OpenVLAPreTrainedModel(PreTrainedModel):
 
 class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
     """
-    Vision-language-action policy: an image and an instruction in, a robot action out.
+    Vision-language-action policy: images and an instruction in, a robot action, or a chunk of them, out.
 
     Token ids come in the form of the published processor, without image placeholders, and are expanded to one
-    placeholder per patch behind the first token (BOS); ids that hold placeholders already are taken as they are.
+    placeholder per patch behind the first token (BOS), and one for the robot's state and for the noise level where the
+    configuration has them; ids that hold placeholders already are taken as they are.
+
+    With `attention_mode="bidirectional"` (OpenVLA-OFT) the positions of all actions follow the prompt, as zeros or as
+    noisy actions, and behind them the stop token. One pass gives all actions; as in training with the next token as
+    target, each is read from the position in front of its own.
     """
 
     def __init__(self, config: OpenVLAConfig):
         super().__init__(config)
         self.loss_type = "ForCausalLM"
-        self.vision_backbone = VisionBackbone(config.towers)
-        self.projector = Projector(
-            self.vision_backbone.embed_dim, config.text_config.hidden_size, config.use_fused_vision_backbone
-        )
+        text_dim = config.text_config.hidden_size
+        self.vision_backbone = VisionBackbone(config.towers, config.num_images, text_dim if config.use_film else None)
+        self.projector = Projector(self.vision_backbone.embed_dim, text_dim, config.use_fused_vision_backbone)
+        self.proprio_projector = InputProjector(config.proprio_dim, text_dim) if config.use_proprio else None
+        self.noisy_action_projector = InputProjector(1, text_dim) if config.is_denoising else None
+        self.action_head = make_action_head(config)
         # The default dtype is the one asked of `from_pretrained`; text_config may carry another.
         self.language_model = AutoModelForCausalLM.from_config(config.text_config, dtype=torch.get_default_dtype())
         self.codec = ActionCodec.from_config(config)
         self.num_image_tokens = config.num_image_tokens
+        self._checked_attention: str | None = None
         # FSDP on transformers 4.57 asks the top model alone what not to split.
         self._no_split_modules = [*self._no_split_modules, *(self.language_model._no_split_modules or ())]
         self.post_init()
+        self.freeze_unused()
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path | None, *model_args, **kwargs):
@@ -325,8 +375,7 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
                 "damaged or its download was cut off; remove it and fetch it again."
             ) from error
         # transformers 5 puts new parameters in the place of those that were frozen.
-        for tower in (result[0] if isinstance(result, tuple) else result).vision_backbone.towers:
-            tower.freeze_unused()
+        (result[0] if isinstance(result, tuple) else result).freeze_unused()
         return result
 
     def save_pretrained(
@@ -366,14 +415,21 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         Names of the linear and convolution layers that never run, for `LoraConfig(exclude_modules=...)`: an adapter
         there would never get a gradient, which DDP waits for.
         """
-        unused = {
-            id(part)
-            for tower in self.vision_backbone.towers
-            for root in tower.unused_modules()
-            for part in root.modules()
-        }
+        unused = {id(part) for root in self.unused_modules() for part in root.modules()}
         kinds = (nn.Linear, nn.Conv2d)
         return [name for name, module in self.named_modules() if id(module) in unused and isinstance(module, kinds)]
+
+    def unused_modules(self) -> list[nn.Module]:
+        """What is held for other runtimes and never runs, the language model's head behind another head included."""
+        unused = [module for tower in self.vision_backbone.towers for module in tower.unused_modules()]
+        if self.action_head is not None and not self.config.text_config.tie_word_embeddings:
+            unused.append(self.get_output_embeddings())
+        return unused
+
+    def freeze_unused(self) -> None:
+        """Take what never runs out of training: DDP would wait for its gradients, weight decay would move it."""
+        for module in self.unused_modules():
+            module.requires_grad_(False)
 
     @property
     def norm_stats(self) -> dict[str, dict]:
@@ -402,18 +458,29 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
     def set_decoder(self, decoder: nn.Module) -> None:
         self.language_model.set_decoder(decoder)
 
-    def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+    def get_image_features(self, pixel_values: torch.Tensor, instruction: torch.Tensor | None = None) -> torch.Tensor:
         """
         Embeddings of the image patches, in the space of the language model.
 
         Args:
-            pixel_values (`torch.Tensor`): (B, 3 * towers, S, S), as the image processor makes them.
+            pixel_values (`torch.Tensor`): (B, images * towers * 3, S, S), as the processor makes them.
+            instruction (`torch.Tensor`, *optional*): (B, H), with `use_film` the mean embedding of the text.
 
         Returns:
-            `torch.Tensor`: (B, P, H).
+            `torch.Tensor`: (B, images * P, H).
+
+        Raises:
+            ValueError: If there is an instruction and no FiLM, or the other way round.
         """
-        weight = self.vision_backbone.featurizer.patch_embed.proj.weight
-        return self.projector(self.vision_backbone(pixel_values.to(weight.dtype)))
+        if (instruction is not None) != self.config.use_film:
+            raise ValueError(
+                f"`use_film={self.config.use_film}`: the towers {'need' if self.config.use_film else 'take no'} "
+                "`instruction`, the mean embedding of the text."
+            )
+        dtype = self.vision_backbone.featurizer.patch_embed.proj.weight.dtype
+        if instruction is not None:
+            instruction = instruction.to(dtype)
+        return self.projector(self.vision_backbone(pixel_values.to(dtype), instruction))
 
     def forward(
         self,
@@ -430,20 +497,31 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         output_hidden_states: bool | None = None,
         output_projector_features: bool | None = None,
         return_dict: bool | None = None,
+        proprio: torch.FloatTensor | None = None,
+        actions: torch.FloatTensor | None = None,
+        action_is_pad: torch.BoolTensor | None = None,
+        noise: torch.FloatTensor | None = None,
+        time: torch.FloatTensor | None = None,
         **kwargs,
     ) -> OpenVLAOutput | tuple:
         """
-        Logits and loss of a prompt, with or without an image.
+        Logits and loss of a prompt, with or without images.
 
         Args:
             input_ids (`torch.LongTensor`): (B, L), or (B, T) with placeholders.
             attention_mask (`torch.Tensor`): The same shape, 0 at padding on either side. By default, with an image,
                 everything but the padding token.
-            pixel_values (`torch.FloatTensor`): (B, 3 * towers, S, S).
+            pixel_values (`torch.FloatTensor`): (B, images * towers * 3, S, S).
             labels (`torch.LongTensor`): The shape of `input_ids`; -100 where nothing is to be predicted.
             inputs_embeds (`torch.FloatTensor`): (B, T, H) instead of `input_ids`, image included.
             logits_to_keep (`int` or `torch.Tensor`): The last positions, or the positions, whose logits are returned;
                 0: all. Without it: the supervised positions if there are labels, else all.
+            proprio (`torch.FloatTensor`): (B, proprio_dim), the normalised state, with `use_proprio`.
+            actions (`torch.FloatTensor`): (B, K, D), the normalised actions that a head on the hidden states learns.
+                Their tokens are in `labels` all the same, to say where they are.
+            action_is_pad (`torch.BoolTensor`): (B, K), actions that do not count in the head's loss.
+            noise, time (`torch.FloatTensor`): (B, K, D) and (B,), what the `diffusion` and `flow` heads corrupt the
+                actions with. Drawn by default.
 
         Returns:
             [`OpenVLAOutput`], or a tuple with `return_dict=False`.
@@ -451,38 +529,38 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: On missing or contradicting inputs, naming their shapes.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`.")
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
-        features = None
+        self._check_forms(input_ids, inputs_embeds, pixel_values, position_ids)
         if pixel_values is not None:
-            if input_ids is None:
-                raise ValueError("`pixel_values` need `input_ids`; `inputs_embeds` must hold the image already.")
-            if position_ids is not None and not (input_ids == self.config.image_token_id).any():
-                raise ValueError("`position_ids` need `input_ids` with image placeholders.")
             if attention_mask is None and (input_ids == self.config.pad_token_id).any():
                 attention_mask = self._default_mask(input_ids, None)
             input_ids, attention_mask, labels = self._expand_image(input_ids, pixel_values, attention_mask, labels)
-            features = self.get_image_features(pixel_values)
+        is_action = self._action_positions(labels)
+        noisy, target, time = self._head_inputs(actions, is_action, noise, time)
+        features = None
+        if pixel_values is not None:
+            features = self._observe(input_ids, attention_mask, is_action, pixel_values, proprio)
         if inputs_embeds is None:
-            inputs_embeds = self._embed(input_ids, features)
-        if position_ids is None and attention_mask is not None and attention_mask.shape == inputs_embeds.shape[:2]:
-            position_ids = positions_of(attention_mask)
-
+            inputs_embeds = self._embed(input_ids, self._with_time(features, time))
+        inputs_embeds = self._place_actions(inputs_embeds, is_action, noisy)
         config = self.config
-        if use_cache is None and self.training:
-            use_cache = False
-        outputs = self.get_decoder()(
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
+        outputs = self._decode(
+            inputs_embeds,
+            attention_mask,
+            position_ids,
             past_key_values=past_key_values,
-            use_cache=use_cache,
+            use_cache=False if use_cache is None and self.training else use_cache,
             output_attentions=config.output_attentions if output_attentions is None else output_attentions,
             output_hidden_states=config.output_hidden_states if output_hidden_states is None else output_hidden_states,
             **kwargs,
         )
-        loss, logits = self._logits_and_loss(outputs.last_hidden_state, labels, logits_to_keep, num_items_in_batch)
+        hidden, logits, predictions = outputs.last_hidden_state, None, None
+        if target is None:
+            loss, logits = self._logits_and_loss(hidden, labels, logits_to_keep, num_items_in_batch)
+        else:
+            predictions = self.action_head(_in_front_of(hidden, is_action))  # (B, K, D)
+            share = None if num_items_in_batch is None else (labels != -100).sum() / num_items_in_batch
+            loss = self._head_loss(predictions, target, action_is_pad, share)
         output = OpenVLAOutput(
             loss=loss,
             logits=logits,
@@ -490,6 +568,7 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             projector_features=features if output_projector_features or config.output_projector_states else None,
+            head_predictions=predictions,
         )
         return output if (config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
@@ -501,11 +580,14 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         *,
         pixel_values: torch.FloatTensor,
         attention_mask: torch.Tensor | None = None,
+        proprio: torch.FloatTensor | None = None,
         do_sample: bool = False,
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
         generator: torch.Generator | None = None,
+        num_inference_steps: int | None = None,
+        noise: torch.FloatTensor | None = None,
         return_dict: bool = False,
     ) -> np.ndarray | OpenVLAActionOutput:
         """
@@ -518,49 +600,199 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
             input_ids (`torch.LongTensor`): (B, L), padded on either side.
             unnorm_key (`str` or `list[str]`, *optional*): Dataset whose statistics scale the action, one for all rows
                 or one per row. May be left out where there is only one.
-            pixel_values (`torch.FloatTensor`): (B, 3 * towers, S, S).
+            pixel_values (`torch.FloatTensor`): (B, images * towers * 3, S, S).
             attention_mask (`torch.Tensor`, *optional*): (B, L). By default, everything but the padding token.
+            proprio (`torch.FloatTensor`): (B, proprio_dim), the normalised state, with `use_proprio`.
             do_sample (`bool`, defaults to `False`): Draw the tokens instead of taking the most probable ones.
-            temperature, top_k, top_p, generator (*optional*): With `do_sample`; see [`SamplingParams`].
+            temperature, top_k, top_p, generator (*optional*): With `do_sample`; see [`SamplingParams`]. The generator
+                also draws the noise that the `diffusion` and `flow` heads begin with.
+            num_inference_steps (`int`, *optional*): Passes of these heads; the configuration's by default.
+            noise (`torch.FloatTensor`, *optional*): (B, K, D), what they begin with, instead of a drawn one.
             return_dict (`bool`, defaults to `False`): Return probabilities and entropy as well.
 
         Returns:
-            `np.ndarray`: float64 actions in the units of the dataset, (D,) for one observation, else (B, D);
-            or an [`OpenVLAActionOutput`].
+            `np.ndarray`: float64 actions in the units of the dataset, (D,) for one observation, else (B, D); with
+            `chunk_size` above 1 (K, D) and (B, K, D). Or an [`OpenVLAActionOutput`].
 
         Raises:
-            ValueError: On an unknown `unnorm_key`, an empty batch, or pixel values that are not finite.
-            FloatingPointError: If the logits are not finite.
+            ValueError: On an unknown `unnorm_key`, an empty batch, or pixel values or a state that are not finite.
+            FloatingPointError: If the logits, or the actions of a head, are not finite.
         """
         sampling = SamplingParams(do_sample, temperature, top_k, top_p, generator)
         input_ids, attention_mask = self._complete_prompt(input_ids, attention_mask)
         statistics = select_row_statistics(self.norm_stats, unnorm_key, len(input_ids))
+        size = self._action_dim(statistics[0])
         if self.training and any(getattr(module, "gradient_checkpointing", False) for module in self.modules()):
             raise ValueError("`predict_action` needs a cache, which gradient checkpointing turns off: call `eval()`.")
+        for name, values in (("pixel_values", pixel_values), ("proprio", proprio)):
+            if values is not None and not torch.isfinite(values).all():
+                raise ValueError(f"`{name}` hold NaN or infinite values; the camera or the sensor is broken.")
+        token_ids = logits = None
+        if self.config.attention_mode == "causal":
+            token_ids, logits = self._predict_one_by_one(
+                input_ids, attention_mask, pixel_values, proprio, self.config.chunk_size * size, sampling
+            )
+        else:
+            self._check_attention_once()
+            inputs = self._parallel_inputs(input_ids, attention_mask, pixel_values, proprio, size)
+            if self.action_head is None:
+                token_ids, logits = self._predict_tokens(inputs, sampling)
+            else:
+                normalized = self._predict_with_head(inputs, num_inference_steps, noise, generator)
+        if token_ids is not None:
+            normalized = self.codec.decode(token_ids.cpu().numpy())  # (B, K * D)
+        return self._action_output(normalized, statistics, token_ids, logits, return_dict)
+
+    def check_attention(self) -> None:
+        """
+        Verify that the language model's attention is what `attention_mode` says, by changing a late token and seeing
+        which positions change. A bidirectional policy does this by itself before its first action: a causal mask
+        instead would cost it half of its successes without a word.
+
+        Raises:
+            RuntimeError: If it is not.
+        """
+        begin = self.config.action_token_begin
+        ids = torch.linspace(0, begin - 1, 9, device=self.get_input_embeddings().weight.device).long()
+        embeddings = self.get_input_embeddings()(ids).detach()
+
+        @torch.no_grad()
+        def decode(inputs_embeds: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+            return self._decode(inputs_embeds, attention_mask, use_cache=False).last_hidden_state
+
+        check_attention(decode, embeddings, self.config.attention_mode)
+
+    def _check_attention_once(self) -> None:
+        implementation = self.language_model.config._attn_implementation
+        if self._checked_attention == implementation or self.training:  # dropout would change every position
+            return
+        self.check_attention()
+        self._checked_attention = implementation
+
+    def _predict_one_by_one(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor,
+        pixel_values: torch.FloatTensor,
+        proprio: torch.FloatTensor | None,
+        num_tokens: int,
+        sampling: SamplingParams,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids (B, `num_tokens`) and the logits they were chosen from."""
         input_ids, attention_mask, _ = self._expand_image(input_ids, pixel_values, attention_mask)
-        if not torch.isfinite(pixel_values).all():
-            raise ValueError("`pixel_values` hold NaN or infinite values; the camera image is broken.")
-        inputs_embeds = self._embed(input_ids, self.get_image_features(pixel_values))
-        token_ids, logits = decode_action_tokens(
-            self.language_model,
-            self.config,
-            inputs_embeds,
-            attention_mask,
-            num_tokens=action_dim(statistics[0]),
-            sampling=sampling,
+        inputs_embeds = self._embed(input_ids, self._observe(input_ids, attention_mask, None, pixel_values, proprio))
+        return decode_action_tokens(
+            self.language_model, self.config, inputs_embeds, attention_mask, num_tokens=num_tokens, sampling=sampling
         )
-        normalized = self.codec.decode(token_ids.cpu().numpy())  # (B, D)
-        norm_type = self.config.norm_type
+
+    def _parallel_inputs(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor,
+        pixel_values: torch.FloatTensor,
+        proprio: torch.FloatTensor | None,
+        action_dim: int,
+    ) -> dict[str, torch.Tensor]:
+        """What one pass over the prompt, all actions and the stop token needs; see `_parallel_hidden`."""
+        config = self.config
+        action = [config.action_token_begin] * (config.chunk_size * action_dim)
+        stop = [config.stop_token_id] if config.append_stop_token else []
+        tail = torch.tensor(action + stop, device=input_ids.device).expand(len(input_ids), -1)
+        labels = torch.cat([torch.full_like(input_ids, -100), tail], dim=1)
+        mask = torch.cat([attention_mask, torch.ones_like(tail, dtype=attention_mask.dtype)], dim=1)
+        ids, mask, labels = self._expand_image(torch.cat([input_ids, tail], dim=1), pixel_values, mask, labels)
+        is_action = self._action_positions(labels)
+        features = self._observe(ids, mask, is_action, pixel_values, proprio)
+        return {"input_ids": ids, "attention_mask": mask, "is_action": is_action, "features": features}
+
+    def _parallel_hidden(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor,
+        is_action: torch.Tensor,
+        features: torch.Tensor,
+        noisy: torch.Tensor | None = None,
+        time: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Hidden states (B, K * D, H) of all actions in one pass, from their noisy values or from nothing."""
+        inputs_embeds = self._embed(input_ids, self._with_time(features, time))
+        inputs_embeds = self._place_actions(inputs_embeds, is_action, noisy)
+        hidden = self._decode(inputs_embeds, attention_mask, use_cache=False).last_hidden_state
+        return _in_front_of(hidden, is_action)
+
+    def _predict_tokens(
+        self, inputs: dict[str, torch.Tensor], sampling: SamplingParams
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids (B, K * D), each chosen by itself, and their logits (B, K * D, n_action_bins)."""
+        hidden = self._parallel_hidden(**inputs)
+        to_action_logits = action_logits_function(self.get_output_embeddings(), self.config)
+        logits = to_action_logits(hidden.flatten(0, 1))  # (B * K * D, n_action_bins)
+        check_finite(logits)
+        token_ids = sampling.select(logits) + self.config.action_token_begin  # (B * K * D,)
+        return token_ids.view(hidden.shape[:2]), logits.unflatten(0, hidden.shape[:2])
+
+    def _predict_with_head(
+        self,
+        inputs: dict[str, torch.Tensor],
+        num_inference_steps: int | None,
+        noise: torch.Tensor | None,
+        generator: torch.Generator | None,
+    ) -> np.ndarray:
+        """Normalised actions, float64 (B, K * D)."""
+        config, head = self.config, self.action_head
+        device = inputs["features"].device
+        if not config.is_denoising:
+            if num_inference_steps is not None or noise is not None:
+                raise ValueError(f"`num_inference_steps` and `noise` mean nothing to a {config.head_type!r} head.")
+            sample = head(self._parallel_hidden(**inputs))  # (B, K, D)
+        else:
+            shape = (len(inputs["input_ids"]), config.chunk_size, config.action_dim)
+            if noise is None:
+                noise = torch.randn(shape, generator=generator, device=generator.device if generator else device)
+            _check_shape("noise", noise, shape)
+            sample = noise.to(device, torch.float32)
+            default = config.diffusion_steps if config.head_type == "diffusion" else 10
+            num_steps = num_inference_steps or config.num_inference_steps or default
+            for time, next_time in head.schedule(num_steps):
+                level = torch.full((len(sample),), time, device=device)
+                prediction = head(self._parallel_hidden(**inputs, noisy=sample, time=level))
+                sample = head.step(prediction, sample, time, next_time)
+        check_finite(sample, "actions")
+        return sample.flatten(1).double().cpu().numpy()
+
+    def _action_output(
+        self,
+        normalized: np.ndarray,
+        statistics: list[dict],
+        token_ids: torch.Tensor | None,
+        logits: torch.Tensor | None,
+        return_dict: bool,
+    ) -> np.ndarray | OpenVLAActionOutput:
+        """Scale the actions (B, K * D), and leave out the axes that have one entry."""
+        num_actions, norm_type = self.config.chunk_size, self.config.norm_type
+        normalized = normalized.reshape(len(normalized), num_actions, -1)  # (B, K, D)
         rows = [unnormalize(row, s["action"], norm_type) for row, s in zip(normalized, statistics, strict=True)]
-        actions = np.stack(rows)  # (B, D)
+        actions = np.stack(rows)  # (B, K, D)
+        if num_actions == 1:
+            actions, normalized = actions[:, 0], normalized[:, 0]
         if len(actions) == 1:
             actions, normalized = actions[0], normalized[0]
         if not return_dict:
             return actions
+        if logits is None:
+            return OpenVLAActionOutput(actions, normalized)
         log_probabilities = logits.float().flip(-1).log_softmax(dim=-1)
         probabilities = log_probabilities.exp()
         entropy = -(probabilities * log_probabilities).sum(dim=-1)
         return OpenVLAActionOutput(actions, normalized, token_ids, probabilities, entropy)
+
+    def _action_dim(self, statistics: dict) -> int:
+        size, expected = action_dim(statistics), self.config.action_dim
+        if expected not in (None, size):
+            raise ValueError(
+                f"The policy's actions are of {expected} numbers (`action_dim`), the statistics of {size}."
+            )
+        return size
 
     @torch.no_grad()
     def generate(
@@ -575,6 +807,8 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         `pixel_values` beside `input_ids`, padded on either side. The ids returned hold no image placeholders and are
         padded on the left; lengths count text alone.
         """
+        if self.config.attention_mode != "causal":
+            raise ValueError("A bidirectional policy does not generate token after token; use `predict_action`.")
         kwargs["generation_config"] = copy.deepcopy(generation_config)
         input_ids = kwargs.pop("input_ids", inputs)
         if input_ids is None:
@@ -610,6 +844,7 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         pixel_values: torch.FloatTensor | None = None,
+        proprio: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         **kwargs,
     ) -> dict:
@@ -621,6 +856,7 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         )
         if is_prefill:
             model_inputs["pixel_values"] = pixel_values
+            model_inputs["proprio"] = proprio
         return model_inputs
 
     def get_action_dim(self, unnorm_key: str | None = None) -> int:
@@ -665,11 +901,11 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
     ) -> tuple[torch.LongTensor, torch.Tensor | None, torch.LongTensor | None]:
         """Insert the placeholders behind the first attended token of each row: (B, L) -> (B, L + P)."""
-        side, channels = self.config.image_sizes[0], 3 * len(self.config.image_sizes)
+        side, channels = self.config.image_sizes[0], 3 * len(self.config.image_sizes) * self.config.num_images
         if pixel_values.ndim != 4 or pixel_values.shape[1:] != (channels, side, side):
             raise ValueError(
                 f"`pixel_values` must be of shape (batch, {channels}, {side}, {side}), got "
-                f"{tuple(pixel_values.shape)}."
+                f"{tuple(pixel_values.shape)}; this policy looks at {self.config.num_images} image(s)."
             )
         if len(pixel_values) != len(input_ids):
             raise ValueError(
@@ -698,6 +934,133 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
             return None if tensor is None else tensor.gather(1, source).masked_fill(is_image, fill)
 
         return expand(input_ids, image_token_id), expand(attention_mask, 1), expand(labels, -100)
+
+    def _check_forms(
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        pixel_values: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+    ) -> None:
+        """Refuse inputs of `forward` that contradict each other."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`.")
+        if pixel_values is None:
+            return
+        if input_ids is None:
+            raise ValueError("`pixel_values` need `input_ids`; `inputs_embeds` must hold the image already.")
+        if position_ids is not None and not (input_ids == self.config.image_token_id).any():
+            raise ValueError("`position_ids` need `input_ids` with image placeholders.")
+
+    def _observe(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None,
+        is_action: torch.Tensor | None,
+        pixel_values: torch.FloatTensor,
+        proprio: torch.FloatTensor | None,
+    ) -> torch.Tensor:
+        """Embeddings of the images and, behind them, of the state, (B, images * P [+ 1], H)."""
+        instruction = None
+        if self.config.use_film:
+            is_text = input_ids != self.config.image_token_id
+            if attention_mask is not None:
+                is_text &= attention_mask.bool()
+            if is_action is not None:
+                is_text &= ~is_action
+            weights = is_text / is_text.sum(dim=1, keepdim=True)  # (B, T)
+            embeddings = self.get_input_embeddings()(input_ids)  # (B, T, H)
+            instruction = torch.einsum("bt,bth->bh", weights, embeddings.float())
+        features = self.get_image_features(pixel_values, instruction)
+        if not self.config.use_proprio:
+            if proprio is not None:
+                raise ValueError("`proprio` was given to a policy with `use_proprio=False`.")
+            return features
+        if proprio is None:
+            raise ValueError("The policy needs `proprio`: pass `state=` to the processor.")
+        _check_shape("proprio", proprio, (len(pixel_values), self.config.proprio_dim))
+        state = self.proprio_projector(proprio.to(features.device))[:, None]  # (B, 1, H)
+        return torch.cat([features, state.to(features.dtype)], dim=1)
+
+    def _with_time(self, features: torch.Tensor | None, time: torch.Tensor | None) -> torch.Tensor | None:
+        """`features` with the embedding of the noise level behind them, for the heads that have one."""
+        if features is None or not self.config.is_denoising:
+            return features
+        if time is None:
+            raise ValueError(
+                f"`forward` of a policy with a {self.config.head_type!r} head needs `labels` and `actions`."
+            )
+        level = self.action_head.embed_time(time.to(features.device), features.shape[-1])[:, None]  # (B, 1, H)
+        return torch.cat([features, level.to(features.dtype)], dim=1)
+
+    def _action_positions(self, labels: torch.LongTensor | None) -> torch.Tensor | None:
+        """Where the actions are that one pass predicts, (B, T); `None` where there are no such."""
+        if labels is None or self.config.attention_mode == "causal":
+            return None
+        is_action = (labels >= self.config.action_token_begin) & (labels < self.config.action_token_end)
+        counts, action_dim = is_action.sum(dim=1), self.config.action_dim
+        if (counts % self.config.chunk_size).any() or counts.unique().numel() != 1 or counts[0] == 0:
+            raise ValueError(
+                f"Each row needs the action tokens of {self.config.chunk_size} action(s), got {counts.tolist()}."
+            )
+        if action_dim is not None and counts[0] != self.config.chunk_size * action_dim:
+            raise ValueError(
+                f"Each row needs {self.config.chunk_size} action(s) of {action_dim} tokens, got {counts.tolist()}."
+            )
+        return is_action
+
+    def _head_inputs(
+        self,
+        actions: torch.Tensor | None,
+        is_action: torch.Tensor | None,
+        noise: torch.Tensor | None,
+        time: torch.Tensor | None,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """Noisy actions, the head's target and the noise level, each `None` where there is no such."""
+        if self.action_head is None or (actions is None and is_action is None):
+            return None, None, None
+        if actions is None or is_action is None:
+            raise ValueError(f"A {self.config.head_type!r} head learns from `actions` and `labels` together.")
+        _check_shape("actions", actions, (len(is_action), self.config.chunk_size, self.config.action_dim))
+        actions = actions.to(is_action.device)
+        if not self.config.is_denoising:
+            return None, actions, None
+        noise = torch.randn_like(actions, dtype=torch.float32) if noise is None else noise
+        time = self.action_head.draw_time(len(actions), actions.device) if time is None else time
+        noisy, target = self.action_head.corrupt(actions, noise, time)
+        return noisy, target, time
+
+    def _place_actions(
+        self, inputs_embeds: torch.Tensor, is_action: torch.Tensor | None, noisy: torch.Tensor | None
+    ) -> torch.Tensor:
+        """`inputs_embeds` (B, T, H) with zeros, or the `noisy` actions (B, K, D), at the positions of the actions."""
+        if is_action is None:
+            return inputs_embeds
+        positions = is_action[..., None].to(inputs_embeds.device)  # (B, T, 1)
+        if noisy is None:
+            return inputs_embeds.masked_fill(positions, 0.0)
+        embeddings = self.noisy_action_projector(noisy.flatten(1)[..., None])  # (B, K * D, H)
+        return inputs_embeds.masked_scatter(positions, embeddings.to(inputs_embeds.device, inputs_embeds.dtype))
+
+    def _decode(
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.LongTensor | None = None,
+        **kwargs,
+    ) -> ModelOutput:
+        """The language model without its head."""
+        if position_ids is None and attention_mask is not None and attention_mask.shape == inputs_embeds.shape[:2]:
+            position_ids = positions_of(attention_mask)
+        if self.config.attention_mode == "causal":
+            kwargs["attention_mask"] = attention_mask
+        else:
+            if attention_mask is None:
+                attention_mask = inputs_embeds.new_ones(inputs_embeds.shape[:2], dtype=torch.long)
+            implementation = self.language_model.config._attn_implementation
+            kwargs |= bidirectional_arguments(attention_mask, inputs_embeds.dtype, implementation)
+            kwargs["use_cache"] = False
+        return self.get_decoder()(inputs_embeds=inputs_embeds, position_ids=position_ids, **kwargs)
 
     def _embed(self, input_ids: torch.LongTensor, features: torch.Tensor | None) -> torch.Tensor:
         """Embeddings of the ids, with `features` (B, P, H) at the placeholders, (B, T, H)."""
@@ -740,6 +1103,28 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
             logits = head(hidden[:, logits_to_keep])
         return loss, logits
 
+    def _head_loss(
+        self,
+        predictions: torch.Tensor,
+        target: torch.Tensor,
+        action_is_pad: torch.Tensor | None,
+        share: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """The head's loss; `share` is this batch's part of the tokens that the `Trainer` accumulates over."""
+        if action_is_pad is not None:
+            kept = ~action_is_pad.to(predictions.device)  # (B, K)
+            predictions, target = predictions[kept], target[kept]
+        loss = self.action_head.loss(predictions, target.to(predictions.device))
+        return loss if share is None else loss * share.to(loss.device)
+
+
+def _in_front_of(hidden: torch.Tensor, is_action: torch.Tensor) -> torch.Tensor:
+    """Hidden states (B, A, H) of the positions that predict the actions: each one in front of its action."""
+    count = int(is_action[0].sum())
+    first = is_action.to(torch.uint8).argmax(dim=1, keepdim=True)  # (B, 1)
+    index = first - 1 + torch.arange(count, device=is_action.device)  # (B, A)
+    return hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1]).to(hidden.device))
+
 
 def _with_unquantized_modules(arguments: dict) -> dict:
     """Arguments of `from_pretrained` in which a `BitsAndBytesConfig` lists what stays unquantised."""
@@ -757,6 +1142,11 @@ def _with_unquantized_modules(arguments: dict) -> dict:
             config.llm_int8_skip_modules = list(UNQUANTIZED_MODULES)
         arguments["quantization_config"] = config
     return arguments
+
+
+def _check_shape(name: str, values: torch.Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(values.shape) != shape:
+        raise ValueError(f"`{name}` must be of shape {shape}, got {tuple(values.shape)}.")
 
 
 def _check_same_shape(input_ids: torch.Tensor, **tensors: torch.Tensor | None) -> None:

@@ -18,7 +18,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils import cached_file, logging
 
-from .action_codec_openvla import ActionCodec, normalize, select_row_statistics, unnormalize
+from .action_codec_openvla import STATISTICS_BOUNDS, ActionCodec, normalize, select_row_statistics, unnormalize
 from .configuration_openvla import (
     HUB_PUSH_ARGUMENTS,
     OpenVLAConfig,
@@ -401,6 +401,29 @@ def as_image_list(images: ImageInput | Sequence[ImageInput]) -> list[ImageInput]
     return list(images)
 
 
+def as_image_rows(
+    images: ImageInput | Sequence[ImageInput | Sequence[ImageInput]], num_texts: int, num_images: int
+) -> list[list[ImageInput]]:
+    """
+    Images by text: of one text alone they may come as a flat list, and of several texts with one image each.
+
+    Raises:
+        ValueError: If the numbers of texts and images do not fit.
+    """
+    images = as_image_list(images)
+    if any(isinstance(row, (list, tuple)) or getattr(row, "ndim", 0) == 4 for row in images):
+        rows = [as_image_list(row) for row in images]
+    elif num_images > 1 and num_texts == 1:
+        rows = [images]
+    else:
+        rows = [[image] for image in images]
+    if len(rows) != num_texts:
+        raise ValueError(f"Each text needs one image: {num_texts} texts and {len(rows)} images were given.")
+    if wrong := [len(row) for row in rows if len(row) != num_images]:
+        raise ValueError(f"This policy looks at {num_images} image(s) per text (`num_images`), got {wrong[0]}.")
+    return rows
+
+
 class OpenVLAProcessor(ProcessorMixin):
     """
     Image processor, tokenizer and the statistics of the datasets, behind one call.
@@ -414,6 +437,7 @@ class OpenVLAProcessor(ProcessorMixin):
             without added tokens.
         closing_token_id (`int`, `None` or `"auto"`): Token that ends the prompt; `"auto"`: the tokenizer's lone
             "▁", or none where it has no such piece.
+        head_type, chunk_size, num_images, use_proprio, append_stop_token: As in [`OpenVLAConfig`].
     """
 
     attributes = ["image_processor", "tokenizer"]
@@ -429,6 +453,11 @@ class OpenVLAProcessor(ProcessorMixin):
         n_action_bins: int = 256,
         action_token_end: int | None = None,
         closing_token_id: int | str | None = "auto",
+        head_type: str = "tokens",
+        chunk_size: int = 1,
+        num_images: int = 1,
+        use_proprio: bool = False,
+        append_stop_token: bool = True,
     ):
         if prompt_style not in PROMPT_TEMPLATES:
             raise ValueError(f"`prompt_style` must be one of {sorted(PROMPT_TEMPLATES)}, got {prompt_style!r}.")
@@ -438,6 +467,11 @@ class OpenVLAProcessor(ProcessorMixin):
         self.n_action_bins = n_action_bins
         self.action_token_end = tokenizer.vocab_size if action_token_end is None else action_token_end
         self.closing_token_id = _lone_space_id(tokenizer) if closing_token_id == "auto" else closing_token_id
+        self.head_type = head_type
+        self.chunk_size = chunk_size
+        self.num_images = num_images
+        self.use_proprio = use_proprio
+        self.append_stop_token = append_stop_token
         self._norm_stats: dict[str, dict] = {}
         # A tokenizer keeps the way it treats special tokens as a state: switching it between prompts and
         # instructions, threads that share a processor would let control tokens through.
@@ -545,14 +579,15 @@ class OpenVLAProcessor(ProcessorMixin):
 
     @property
     def model_input_names(self) -> list[str]:
-        return ["input_ids", "attention_mask", "pixel_values"]
+        return ["input_ids", "attention_mask", "pixel_values", *(["proprio"] if self.use_proprio else [])]
 
     def __call__(
         self,
         text: str | Sequence[str] | None = None,
-        images: ImageInput | Sequence[ImageInput] | None = None,
+        images: ImageInput | Sequence[ImageInput | Sequence[ImageInput]] | None = None,
         *,
         instruction: str | Sequence[str] | None = None,
+        state: np.ndarray | Sequence | None = None,
         actions: np.ndarray | Sequence[np.ndarray] | None = None,
         unnorm_key: str | Sequence[str] | None = None,
         padding: bool | str | None = None,
@@ -567,32 +602,33 @@ class OpenVLAProcessor(ProcessorMixin):
         Args:
             text (`str` or `list[str]`): Whole prompts, tokenised as published: no closing token, and the strings of
                 special tokens become special tokens.
-            images: One image per text: see [`to_pil_rgb`].
+            images: One image per text: see [`to_pil_rgb`]. With `num_images` above 1 a list of so many per text, the
+                third-person view first and the wrists after it.
             instruction (`str` or `list[str]`): Instead of `text`, what the robot should do. The prompt is rendered
                 around it, with the closing token; strings of special tokens in it stay text.
+            state (`np.ndarray`): The robot's state, (P,) or (B, P), in the units of the dataset; with `use_proprio`.
             actions (`np.ndarray`): With `instruction`, the actions to learn, (D,) or (B, D) in the units of the
-                dataset. Their tokens and the stop token follow the prompt, and `labels` are returned.
-            unnorm_key (`str` or `list[str]`): Dataset whose statistics normalise `actions`.
+                dataset, with `chunk_size` above 1 (K, D) or (B, K, D). Their tokens and the stop token follow the
+                prompt, and `labels` are returned.
+            unnorm_key (`str` or `list[str]`): Dataset whose statistics normalise `state` and `actions`.
             padding, truncation, max_length, return_tensors: As in the tokenizer. A batch of instructions is padded
                 by default, and never truncated.
             do_center_crop (`bool`, defaults to `True`): `False` in training: see
                 [`OpenVLAImageProcessor.preprocess`].
 
         Returns:
-            `BatchFeature`: `input_ids` and `attention_mask` (B, L), `pixel_values` (B, 3 * towers, S, S) with
-            `images`, and `labels` (B, L) with `actions`.
+            `BatchFeature`: `input_ids` and `attention_mask` (B, L), `pixel_values` (B, images * towers * 3, S, S) with
+            `images`, `proprio` (B, P) with `state`, and `labels` (B, L) with `actions`. For a head on the hidden
+            states also the normalised `actions`, float32 (B, K, D).
 
         Raises:
-            ValueError: On an empty instruction, or numbers of texts, images and actions that differ.
+            ValueError: On an empty instruction, numbers of texts, images, states and actions that differ, or a state
+                that is not finite or has no statistics.
         """
         if (text is None) == (instruction is None):
             raise ValueError("Pass exactly one of `text` (a whole prompt) and `instruction`.")
         prompts = _as_text_list(text if instruction is None else instruction)
-        image_list = None if images is None else as_image_list(images)
-        if image_list is not None and len(image_list) != len(prompts):
-            raise ValueError(
-                f"Each text needs one image: {len(prompts)} texts and {len(image_list)} images were given."
-            )
+        rows = None if images is None else as_image_rows(images, len(prompts), self.num_images)
         if instruction is not None:
             if truncation:
                 raise ValueError("Instructions are never truncated: the prompt would lose its end.")
@@ -604,14 +640,51 @@ class OpenVLAProcessor(ProcessorMixin):
             inputs = dict(
                 self.tokenizer(prompts, padding=padding or False, truncation=truncation, max_length=max_length)
             )
-        if image_list is not None:
-            pixels = self.image_processor(image_list, return_tensors="np", do_center_crop=do_center_crop)
-            inputs["pixel_values"] = pixels["pixel_values"]
+        if rows is not None:
+            flat = [image for row in rows for image in row]
+            pixels = self.image_processor(flat, return_tensors="np", do_center_crop=do_center_crop)["pixel_values"]
+            # (B * images, towers * 3, S, S) -> (B, images * towers * 3, S, S)
+            inputs["pixel_values"] = pixels.reshape(len(rows), -1, *pixels.shape[2:])
+        if state is not None:
+            inputs["proprio"] = self.normalize_state(state, unnorm_key, len(prompts))
         return BatchFeature(inputs, tensor_type=return_tensors)
 
     def render_prompt(self, instruction: str) -> str:
         """The prompt around a lower-cased instruction, without the closing token."""
         return PROMPT_TEMPLATES[self.prompt_style].format(instruction=instruction.lower())
+
+    def normalize_state(
+        self,
+        state: np.ndarray | Sequence,
+        unnorm_key: str | Sequence[str] | None = None,
+        batch_size: int | None = None,
+    ) -> np.ndarray:
+        """
+        The robot's state as the model takes it: like actions, by the `proprio` statistics. Numbers whose bounds
+        coincide become 0, as where they never change in training.
+
+        Args:
+            state: (P,) or (B, P), in the units of the dataset.
+            unnorm_key (`str` or `list[str]`, *optional*): Dataset, or one per row.
+            batch_size (`int`, *optional*): Rows that are expected.
+
+        Returns:
+            `np.ndarray`: float32 (B, P).
+
+        Raises:
+            ValueError: If the policy takes no state, the state is not finite or of another shape, or the statistics
+                have no `proprio`, or one that never changes in any number.
+        """
+        if not self.use_proprio:
+            raise ValueError("`state` was given to the processor of a policy that takes none (`use_proprio=False`).")
+        values = np.atleast_2d(np.asarray(state, dtype=np.float64))
+        if values.ndim != 2 or len(values) != (batch_size or len(values)):
+            raise ValueError(f"`state` must be of shape (P,) or ({batch_size or 'B'}, P), got {np.shape(state)}.")
+        if not np.isfinite(values).all():
+            raise ValueError(f"`state` must be finite, got {values.tolist()}.")
+        statistics = select_row_statistics(self.norm_stats, unnorm_key, len(values))
+        rows = [_normalized_state(row, each, self.norm_type) for row, each in zip(values, statistics, strict=True)]
+        return np.stack(rows).astype(np.float32)
 
     def decode_actions(
         self, token_ids: torch.Tensor | np.ndarray | Sequence, unnorm_key: str | Sequence[str] | None = None
@@ -620,19 +693,21 @@ class OpenVLAProcessor(ProcessorMixin):
         Actions of action tokens.
 
         Args:
-            token_ids: Ids of one action (D,) or a batch (B, D).
+            token_ids: Ids of one action (D,) or a batch (B, D); with chunks (K * D,) or (B, K * D).
             unnorm_key (`str` or `list[str]`, *optional*): Dataset, or one per row; see `predict_action`.
 
         Returns:
-            `np.ndarray`: float64 of the same shape, in the units of the dataset.
+            `np.ndarray`: float64 of the same shape, in the units of the dataset; with chunks (K, D) or (B, K, D).
         """
         token_ids = token_ids.cpu().numpy() if isinstance(token_ids, torch.Tensor) else np.asarray(token_ids)
         normalized = self.codec.decode(np.atleast_2d(token_ids))  # (B, D)
         statistics = select_row_statistics(self.norm_stats, unnorm_key, len(normalized))
+        if self.chunk_size > 1:
+            normalized = normalized.reshape(len(normalized), self.chunk_size, -1)  # (B, K, D)
         rows = [
             unnormalize(row, each["action"], self.norm_type) for row, each in zip(normalized, statistics, strict=True)
         ]
-        return np.stack(rows).reshape(token_ids.shape)
+        return rows[0] if token_ids.ndim == 1 else np.stack(rows)
 
     def encode_actions(
         self, actions: np.ndarray | Sequence, unnorm_key: str | Sequence[str] | None = None
@@ -641,19 +716,29 @@ class OpenVLAProcessor(ProcessorMixin):
         Action tokens of actions: the inverse of `decode_actions`, up to half a bin and the clipping to the bounds.
 
         Args:
-            actions: (D,) or (B, D), in the units of the dataset.
+            actions: (D,) or (B, D), with chunks (K, D) or (B, K, D), in the units of the dataset.
             unnorm_key (`str` or `list[str]`, *optional*): Dataset, or one per row.
 
         Returns:
             `np.ndarray`: int64 of the same shape.
         """
+        return self.codec.encode(self._normalize_actions(actions, unnorm_key)).reshape(np.shape(actions))
+
+    def _normalize_actions(self, actions: np.ndarray | Sequence, unnorm_key: str | Sequence[str] | None) -> np.ndarray:
+        """float64 (B, K, D) of one action or chunk, or a batch of them."""
         actions = np.asarray(actions, dtype=np.float64)
-        if actions.ndim not in (1, 2):
-            raise ValueError(f"Actions must be of shape (D,) or (B, D), got {actions.shape}.")
-        batch = np.atleast_2d(actions)
-        statistics = select_row_statistics(self.norm_stats, unnorm_key, len(batch))
-        rows = [normalize(row, each["action"], self.norm_type) for row, each in zip(batch, statistics, strict=True)]
-        return self.codec.encode(np.stack(rows)).reshape(actions.shape)
+        if self.chunk_size == 1 and actions.ndim in (1, 2):
+            chunks = np.atleast_2d(actions)[:, None]  # (B, 1, D)
+        elif self.chunk_size > 1 and actions.ndim == 2:
+            chunks = actions[None]  # (1, K, D)
+        elif self.chunk_size > 1 and actions.ndim == 3:
+            chunks = actions
+        else:
+            expected = "(D,) or (B, D)" if self.chunk_size == 1 else "(K, D) or (B, K, D)"
+            raise ValueError(f"Actions must be of shape {expected}, got {actions.shape}.")
+        statistics = select_row_statistics(self.norm_stats, unnorm_key, len(chunks))
+        rows = [normalize(row, each["action"], self.norm_type) for row, each in zip(chunks, statistics, strict=True)]
+        return np.stack(rows)
 
     def _encode_instructions(
         self,
@@ -662,8 +747,11 @@ class OpenVLAProcessor(ProcessorMixin):
         unnorm_key: str | Sequence[str] | None,
         padding: bool | str | None,
         max_length: int | None,
-    ) -> dict[str, list[list[int]]]:
-        """Ids, mask and labels of the rendered prompts, with the closing token and the actions' tokens."""
+    ) -> dict[str, list[list[int]] | np.ndarray]:
+        """
+        Ids, mask and labels of the rendered prompts, with the closing token and the actions' tokens; for a head on the
+        hidden states the actions, too.
+        """
         if any(not instruction.strip() for instruction in instructions):
             raise ValueError(f"Every instruction needs words, got {instructions}.")
         prompts = [self.render_prompt(instruction) for instruction in instructions]
@@ -671,11 +759,17 @@ class OpenVLAProcessor(ProcessorMixin):
         closing = [] if self.closing_token_id is None else [self.closing_token_id]
         rows = [row + closing for row in rows]
         targets = [[] for _ in rows]
+        numbers = {}
         if actions is not None:
-            token_ids = np.atleast_2d(self.encode_actions(actions, unnorm_key)).tolist()
-            if len(token_ids) != len(rows):
-                raise ValueError(f"{len(rows)} instructions and {len(token_ids)} actions were given.")
-            targets = [[*ids, self.tokenizer.eos_token_id] for ids in token_ids]
+            normalized = self._normalize_actions(actions, unnorm_key)  # (B, K, D)
+            if len(normalized) != len(rows):
+                raise ValueError(f"{len(rows)} instructions and {len(normalized)} actions were given.")
+            if normalized.shape[1] != self.chunk_size:
+                raise ValueError(f"Chunks of {self.chunk_size} actions are learned, got {normalized.shape[1]}.")
+            stop = [self.tokenizer.eos_token_id] if self.append_stop_token else []
+            targets = [[*ids, *stop] for ids in self.codec.encode(normalized).reshape(len(rows), -1).tolist()]
+            if self.head_type != "tokens":
+                numbers = {"actions": normalized.astype(np.float32)}
 
         labels = [[-100] * len(row) + target for row, target in zip(rows, targets, strict=True)]
         rows = [row + target for row, target in zip(rows, targets, strict=True)]
@@ -689,7 +783,7 @@ class OpenVLAProcessor(ProcessorMixin):
         return {
             name: [_pad_row(row, fill, width, self.tokenizer.padding_side) for row in column]
             for name, (column, fill) in columns.items()
-        }
+        } | numbers
 
     def _check_frame(self, prompts: list[str]) -> None:
         start, _, end = PROMPT_TEMPLATES[self.prompt_style].partition("{instruction}")
@@ -701,7 +795,36 @@ class OpenVLAProcessor(ProcessorMixin):
                 )
 
 
-_SETTINGS = ("prompt_style", "norm_type", "n_action_bins", "action_token_end", "closing_token_id")
+def _normalized_state(state: np.ndarray, statistics: dict, norm_type: str) -> np.ndarray:
+    """float64 (P,) of a state (P,)."""
+    if "proprio" not in statistics:
+        raise ValueError(
+            f"The dataset's statistics hold no `proprio`, only {sorted(statistics)}: the state has no scale."
+        )
+    normalized = normalize(state, statistics["proprio"], norm_type)
+    low, high = STATISTICS_BOUNDS[norm_type]
+    low, high = np.asarray(statistics["proprio"][low]), np.asarray(statistics["proprio"][high])
+    is_constant = high == 0 if norm_type == "normal" else low == high
+    if is_constant.all():
+        raise ValueError(
+            "The `proprio` statistics never change in any number: the dataset recorded no state. Compute them from "
+            "data that did."
+        )
+    return np.where(is_constant, 0.0, normalized)
+
+
+_SETTINGS = (
+    "prompt_style",
+    "norm_type",
+    "n_action_bins",
+    "action_token_end",
+    "closing_token_id",
+    "head_type",
+    "chunk_size",
+    "num_images",
+    "use_proprio",
+    "append_stop_token",
+)
 # What the Auto classes pass on, and means nothing here.
 _LOADER_ARGUMENTS = {"trust_remote_code", "code_revision", "use_fast", "proxies", "resume_download", "dtype"}
 _TOKENIZER_ARGUMENTS = (

@@ -1,10 +1,16 @@
 """What a rollout drives: a model, or a baseline that tells whether the wiring or the model is at fault."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
+from .chunks import ChunkQueue, TemporalEnsemble
 from .rollout import Run
+
+
+# What environments call their pictures, in the order in which policies take them.
+CAMERAS = ("image", "wrist_image")
 
 
 class ExpertPolicy:
@@ -48,22 +54,34 @@ class RandomPolicy:
 
 class ModelPolicy:
     """
-    A policy model with its processor.
+    A policy model with its processor. It looks at as many cameras as the processor takes images, and gets the state
+    where the processor takes one.
 
     Args:
         model: With `predict_action` and `get_action_dim`.
-        processor: Takes `instruction` and `images`.
+        processor: Takes `instruction` and `images`, and tells `chunk_size`, `num_images` and `use_proprio`.
         unnorm_key (`str`, *optional*): Dataset whose statistics scale the actions.
+        make_queue (`Callable`, *optional*): Makes what spends the chunks of an episode, a [`ChunkQueue`] (the default,
+            which takes all actions of a chunk) or a [`TemporalEnsemble`].
 
     Raises:
-        ValueError: If `unnorm_key` is unknown.
+        ValueError: If `unnorm_key` is unknown, or the policy looks at more cameras than environments have.
     """
 
-    cameras = ("image",)
-
-    def __init__(self, model: Any, processor: Any, unnorm_key: str | None = None):
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        unnorm_key: str | None = None,
+        make_queue: Callable[[], ChunkQueue | TemporalEnsemble] = ChunkQueue,
+    ):
+        if processor.num_images > len(CAMERAS):
+            raise ValueError(f"The policy looks at {processor.num_images} images; environments have {CAMERAS}.")
         self.model, self.processor, self.unnorm_key = model, processor, unnorm_key
         self.action_dim = model.get_action_dim(unnorm_key)
+        self.cameras = CAMERAS[: processor.num_images]
+        self._make_queue = make_queue
+        self._queues: dict[int, ChunkQueue | TemporalEnsemble] = {}
 
     @property
     def image_size(self) -> int:
@@ -71,26 +89,55 @@ class ModelPolicy:
         return self.processor.image_processor.input_sizes[0][-1]
 
     def act(self, runs: list[Run]) -> np.ndarray:
-        observations = [run.observation for run in runs]
-        return self.predict(
-            [observation["instruction"] for observation in observations],
-            [observation["image"] for observation in observations],
-        )
+        """Actions (B, D): where the chunk of a run is spent, from a new one, in one batch for all such runs."""
+        kept = {run.index: self._queues[run.index] for run in runs if run.episode.steps}
+        self._queues = {run.index: kept.get(run.index) or self._make_queue() for run in runs}
+        asking = [run for run in runs if self._queues[run.index].needs_chunk]
+        if asking:
+            observations = [run.observation for run in asking]
+            chunks = self.predict_chunks(
+                [observation["instruction"] for observation in observations],
+                [[observation[camera] for camera in self.cameras] for observation in observations],
+                [observation["state"] for observation in observations] if self.processor.use_proprio else None,
+            )
+            for run, chunk in zip(asking, chunks, strict=True):
+                self._queues[run.index].add(chunk)
+        return np.stack([self._queues[run.index].next_action() for run in runs])
+
+    def predict_chunks(
+        self, instructions: list[str], images: list[list[np.ndarray]], states: list[np.ndarray] | None = None
+    ) -> np.ndarray:
+        """
+        Chunks for a batch of observations.
+
+        Args:
+            instructions (`list[str]`): One per row.
+            images (`list[list[np.ndarray]]`): uint8 (H, W, 3), one per camera for each row.
+            states (`list[np.ndarray]`, *optional*): (S,), one per row, where the policy takes one.
+
+        Returns:
+            `np.ndarray`: float64 (B, K, D).
+        """
+        inputs = self.processor(
+            instruction=instructions,
+            images=images,
+            **({} if states is None else {"state": np.stack(states), "unnorm_key": self.unnorm_key}),
+        ).to(self.model.device, dtype=self.model.dtype)
+        actions = self.model.predict_action(**inputs, unnorm_key=self.unnorm_key)
+        return actions.reshape(len(instructions), self.processor.chunk_size, -1)  # (D,), (B, D), (K, D) -> (B, K, D)
 
     def predict(self, instructions: list[str], images: list[np.ndarray]) -> np.ndarray:
         """
-        Actions for a batch of observations.
+        Actions for a batch of observations, by a policy that looks at one camera alone.
 
         Args:
             instructions (`list[str]`): One per row.
             images (`list[np.ndarray]`): uint8 (H, W, 3), one per row.
 
         Returns:
-            `np.ndarray`: float64 (B, D).
+            `np.ndarray`: float64 (B, D), of chunks the first action.
         """
-        inputs = self.processor(instruction=instructions, images=images).to(self.model.device, dtype=self.model.dtype)
-        actions = self.model.predict_action(**inputs, unnorm_key=self.unnorm_key)
-        return np.atleast_2d(actions)  # (B, D), and for one observation (D,) -> (1, D)
+        return self.predict_chunks(instructions, [[image] for image in images])[:, 0]
 
     def bins(self, actions: np.ndarray) -> np.ndarray:
         """
@@ -99,5 +146,6 @@ class ModelPolicy:
         The topmost token holds the value 1 alone and decodes as the one below it: they count as one.
         """
         codec = self.processor.codec
-        numbers = codec.token_end - self.processor.encode_actions(actions, self.unnorm_key)
+        chunk = actions if self.processor.chunk_size == 1 else actions[None]
+        numbers = codec.token_end - self.processor.encode_actions(chunk, self.unnorm_key).reshape(actions.shape)
         return np.minimum(numbers, codec.n_bins - 1)

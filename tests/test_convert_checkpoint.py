@@ -1,5 +1,6 @@
 """Converted checkpoints: complete, loadable by the Auto classes alone, and equal to their source to the last bit."""
 
+import io
 import json
 import os
 import re
@@ -555,10 +556,10 @@ def test_native_options_with_a_published_checkpoint(command, published, tmp_path
 
 
 @pytest.mark.parametrize("name", ["action_head", "proprio_projector", "noisy_action_projector", "vision_backbone"])
-def test_openvla_oft_is_refused(published, tmp_path, name):
-    """Parts of the policy in files of their own must not get lost."""
-    (published / f"{name}--150000_checkpoint.pt").write_bytes(b"tensors")
-    with pytest.raises(ValueError, match=rf"an OpenVLA-OFT checkpoint.*: without {name}--150000_checkpoint\.pt"):
+def test_openvla_oft_does_not_say_enough(published, tmp_path, name):
+    """Parts of the policy in files of their own must not get lost, and chunks are not guessed."""
+    torch.save({"module.model.fc2.bias": torch.zeros(7)}, published / f"{name}--150000_checkpoint.pt")
+    with pytest.raises(ValueError, match=r"published is an OpenVLA-OFT checkpoint: .* give --num_images, and --chunk"):
         convert(published, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -669,6 +670,12 @@ sys.exit(status)
 """
 
 
+def tensor_file() -> bytes:
+    buffer = io.BytesIO()
+    torch.save({"module.model.fc2.bias": torch.zeros(7)}, buffer)
+    return buffer.getvalue()
+
+
 @pytest.mark.slow
 def test_from_hub_to_hub(published, run, tmp_path, overrides, llama_sized_tokenizer, golden_tensors):
     def files(directory):
@@ -678,7 +685,7 @@ def test_from_hub_to_hub(published, run, tmp_path, overrides, llama_sized_tokeni
     with HubServer() as server:
         server.create_repo("org/published", files(published))
         server.create_repo("org/native", files(run))
-        server.create_repo("org/oft", files(published) | {"action_head--150000_checkpoint.pt": b"tensors"})
+        server.create_repo("org/oft", files(published) | {"action_head--150000_checkpoint.pt": tensor_file()})
         result = subprocess.run(
             [sys.executable, "-c", CONVERT_ON_THE_HUB, tmp_path / "converted", overrides, llama_sized_tokenizer],
             env=server.environment(tmp_path / "home") | {"PYTHONPATH": str(REPOSITORY / "tools")},

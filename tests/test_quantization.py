@@ -174,7 +174,14 @@ class TestWhatIsQuantized:
         model = load(checkpoint, quantization_config=config)
         assert config.to_dict() == before
         assert config.llm_int8_skip_modules is None
-        assert model.config.quantization_config.llm_int8_skip_modules == ["vision_backbone", "projector", "lm_head"]
+        assert model.config.quantization_config.llm_int8_skip_modules == [
+            "vision_backbone",
+            "projector",
+            "lm_head",
+            "action_head",
+            "proprio_projector",
+            "noisy_action_projector",
+        ]
 
     @pytest.mark.parametrize("load", [through_auto_class, through_the_class])
     def test_contradicting_flags(self, checkpoint, load):

@@ -7,6 +7,9 @@ What SOURCE is follows from its config.json:
 
 - a checkpoint in the Hugging Face format, published or ours: a directory or a Hub id. The code that comes with it is
   never run; this checkout's code replaces it.
+- the same with the files of OpenVLA-OFT beside it (action_head--*.pt, ...), which become part of the repository. How
+  many images and actions they are for, they do not say: --num_images, and --platform or --chunk_size. With these
+  options a checkpoint without such files becomes one that decodes its action tokens in one pass.
 - a native Prismatic checkpoint of a VLA: a run directory with config.json, dataset_statistics.json and checkpoints/,
   a .pt file in there, or a Hub id with these files. Its language model's tokenizer is given with --tokenizer.
 - a native Prismatic checkpoint of a plain VLM, to start a training from. Its vision towers were frozen and are
@@ -18,7 +21,6 @@ followed, departs from native training.
 
 import argparse
 import json
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -31,14 +33,22 @@ import torch
 from huggingface_hub import HfApi
 from load_policy import repository_class
 from model_card import model_card
-from native_checkpoint import NativeOptions, choose_checkpoint, load_native, native_kind, preview, raise_on_difference
+from native_checkpoint import NativeOptions, choose_checkpoint, load_native, native_kind, preview
+from oft_checkpoint import (
+    PLATFORMS,
+    PROCESSOR_FIELDS,
+    OFTOptions,
+    component_files,
+    fill_components,
+    model_tensors,
+    oft_fields,
+    read_component,
+)
 from transformers import PreTrainedModel, ProcessorMixin
 from transformers.utils import cached_file
 
 
 STATISTICS_NAME = "dataset_statistics.json"
-# Files of OpenVLA-OFT beside the checkpoint: its continuous heads, and towers with FiLM layers.
-OFT_FILES = re.compile(r"(action_head|proprio_projector|noisy_action_projector|vision_backbone)--.*\.pt")
 
 
 @dataclass(frozen=True)
@@ -125,6 +135,7 @@ def convert(
     overwrite: bool = False,
     repo_id: str | None = None,
     native: NativeOptions | None = None,
+    oft: OFTOptions | None = None,
 ) -> None:
     """
     Write a complete repository.
@@ -138,6 +149,7 @@ def convert(
         overwrite (`bool`, defaults to `False`): Replace `out`, if it is a repository.
         repo_id (`str`, *optional*): Hub repository to push `out` to; it is created where need be.
         native ([`NativeOptions`], *optional*): For native checkpoints only.
+        oft ([`OFTOptions`], *optional*): For checkpoints of OpenVLA-OFT only.
 
     Raises:
         FileNotFoundError: If `source`, or a file it needs, does not exist.
@@ -145,7 +157,7 @@ def convert(
     """
     out, located = Path(out).resolve(), Source.locate(str(source), revision)
     check_target(out, located, overwrite)
-    model, processor, origin = load_source(located, dtype, native or NativeOptions())
+    model, processor, origin = load_source(located, dtype, native or NativeOptions(), oft or OFTOptions())
     card = model_card(
         repo_id or out.name,
         origin,
@@ -168,7 +180,7 @@ def convert(
 Loaded = tuple[PreTrainedModel, ProcessorMixin, str]
 
 
-def load_source(source: Source, dtype: str | None, options: NativeOptions) -> Loaded:
+def load_source(source: Source, dtype: str | None, options: NativeOptions, oft: OFTOptions) -> Loaded:
     """Load what the config.json of the source says it is."""
     config = source.read_json("config.json")
     if config is None:
@@ -176,8 +188,10 @@ def load_source(source: Source, dtype: str | None, options: NativeOptions) -> Lo
     if config.get("model_type") in ("openvla", "prismatic"):
         if options != NativeOptions():
             raise ValueError(f"{source.root} is not native; options for native checkpoints do not apply.")
-        return load_published(source, config, dtype or "auto")
+        return load_published(source, config, dtype or "auto", oft)
     if native_kind(config) is not None:
+        if oft != OFTOptions():
+            raise ValueError(f"{source.root} is native; options for OpenVLA-OFT do not apply.")
         return load_native_run(source, config, dtype or "bfloat16", options)
     raise ValueError(
         f"config.json of {source.root} is neither that of an OpenVLA in the Hugging Face format (`model_type` "
@@ -185,32 +199,47 @@ def load_source(source: Source, dtype: str | None, options: NativeOptions) -> Lo
     )
 
 
-def load_published(source: Source, config: dict, dtype: str) -> Loaded:
-    """Load a checkpoint in the Hugging Face format, which must hold the model's tensors, all of them and no others."""
+def load_published(source: Source, config: dict, dtype: str, oft: OFTOptions) -> Loaded:
+    """
+    Load a checkpoint in the Hugging Face format with the components of OpenVLA-OFT beside it, which together must hold
+    the model's tensors, all of them and no others.
+    """
     print(f"{source.root}: a checkpoint in the Hugging Face format")
     if source.checkpoint is not None:
         raise ValueError(f"Give the directory {source.root}, not its file {source.checkpoint}.")
-    refuse_oft(source)
+    components = read_components(source)
+    fields = {} if not components and oft == OFTOptions() else fields_of_oft(source, components, oft)
     report_statistics(config.get("norm_stats") or {}, source.read_json(STATISTICS_NAME))
     # Not `load_policy`: where a source carries our code, that runs the source's copy of it.
-    processor = repository_class("OpenVLAProcessor").from_pretrained(source.root, revision=source.revision)
-    model, info = repository_class("OpenVLAForActionPrediction").from_pretrained(
-        source.root, dtype=dtype, output_loading_info=True, revision=source.revision
+    processor = repository_class("OpenVLAProcessor").from_pretrained(
+        source.root, revision=source.revision, **{name: fields[name] for name in PROCESSOR_FIELDS if name in fields}
     )
-    raise_on_difference(missing=info["missing_keys"], surplus=info["unexpected_keys"])
+    model, info = repository_class("OpenVLAForActionPrediction").from_pretrained(
+        source.root, dtype=dtype, output_loading_info=True, revision=source.revision, **fields
+    )
+    fill_components(model, model_tensors(components), set(info["missing_keys"]), set(info["unexpected_keys"]))
     origin = f"Converted from {source.described}, a checkpoint in the Hugging Face format."
     if source.fetch("README.md") is not None:
         origin += " Its own model card describes the code that it came with, and is not repeated here."
     return model, processor, origin
 
 
-def refuse_oft(source: Source) -> None:
-    """Raise where a checkpoint has parts outside of its weights, which would be lost."""
-    if parts := [name for name in source.files() if OFT_FILES.fullmatch(name)]:
-        raise ValueError(
-            f"{source.root} is an OpenVLA-OFT checkpoint, which cannot be converted yet: without {preview(parts)}, "
-            "which would be lost, its actions mean nothing."
-        )
+def read_components(source: Source) -> dict[str, dict[str, torch.Tensor]]:
+    """Tensors of OpenVLA-OFT's components by their names; none for other checkpoints."""
+    adapter = source.read_json("lora_adapter/adapter_config.json") or {}
+    components = {}
+    for component, name in component_files(source.files()).items():
+        components[component] = read_component(source.fetch(name), adapter.get("lora_alpha"))
+        print(f"{name}: {len(components[component])} tensors")
+    return components
+
+
+def fields_of_oft(source: Source, components: dict, options: OFTOptions) -> dict[str, Any]:
+    """As `oft_fields`; errors name the source."""
+    try:
+        return oft_fields(components, options)
+    except ValueError as error:
+        raise ValueError(f"{source.root} is an OpenVLA-OFT checkpoint: {error}") from error
 
 
 def report_statistics(in_config: dict, statistics: dict | None) -> None:
@@ -300,6 +329,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         help="of the language model; default: %(default)s, as published; native training used 1e-5",
     )
     native.add_argument("--config", type=Path, metavar="FILE", help="JSON with fields of OpenVLAConfig to override")
+    oft = parser.add_argument_group("checkpoints of OpenVLA-OFT")
+    oft.add_argument("--platform", choices=tuple(PLATFORMS), help="whose chunk length and normalisation to take")
+    oft.add_argument("--num_images", type=int, metavar="N", help="camera images per observation")
+    oft.add_argument("--chunk_size", type=int, metavar="K", help="actions per prediction")
+    oft.add_argument("--norm_type", choices=("bounds_q99", "bounds", "normal"), help="instead of the platform's")
+    oft.add_argument("--no_stop_token", action="store_true", help="no end-of-sequence token behind the actions")
     return parser.parse_args(arguments)
 
 
@@ -324,6 +359,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             overwrite=options.overwrite,
             repo_id=options.push_to_hub,
             native=native,
+            oft=OFTOptions(
+                platform=options.platform,
+                num_images=options.num_images,
+                chunk_size=options.chunk_size,
+                norm_type=options.norm_type,
+                stop_token=not options.no_stop_token,
+            ),
         )
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)

@@ -1,0 +1,264 @@
+# Copyright 2026 The OpenVLA repository authors. Licensed under the Apache License, Version 2.0.
+"""Parts of OpenVLA-OFT: heads that turn hidden states into actions, the state's projector, and FiLM in the towers."""
+
+import torch
+from torch import nn
+
+from .configuration_openvla import OpenVLAConfig
+
+
+# Parameters and modules carry the published names, without the `module.` in front of them on disk.
+
+
+class ZeroLinear(nn.Linear):
+    """Starts with zero weights: transformers initialises layer by layer, and knows them by their class."""
+
+
+class HeadLinear(nn.Linear):
+    """Starts with torch's own weights, as published; few inputs would be lost with the language model's small ones."""
+
+
+class FiLM(nn.Module):
+    """
+    Feature-wise linear modulation by the instruction, https://arxiv.org/abs/1709.07871: x (1 + scale) + shift. A fresh
+    one is the identity.
+
+    Args:
+        dim (`int`): Width of the vision tower.
+        text_dim (`int`): Width of the instruction's embedding.
+    """
+
+    def __init__(self, dim: int, text_dim: int):
+        super().__init__()
+        self.scale = ZeroLinear(text_dim, dim)
+        self.shift = ZeroLinear(text_dim, dim)
+
+    def forward(self, hidden: torch.Tensor, instruction: torch.Tensor) -> torch.Tensor:
+        """`hidden` (B, N, D), modulated alike at all N by `instruction` (B, H)."""
+        return hidden * (1 + self.scale(instruction)[:, None]) + self.shift(instruction)[:, None]
+
+
+class InputProjector(nn.Module):
+    """Numbers of the robot, such as its state (`input_dim` of them) or one noisy action value, to an embedding."""
+
+    def __init__(self, input_dim: int, dim: int):
+        super().__init__()
+        self.fc1 = HeadLinear(input_dim, dim)
+        self.fc2 = HeadLinear(dim, dim)
+        self.act = nn.GELU()
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        return self.fc2(self.act(self.fc1(values.to(self.fc1.weight.dtype))))
+
+
+class MLPResNetBlock(nn.Module):
+    def __init__(self, dim: int):
+        super().__init__()
+        self.ffn = nn.Sequential(nn.LayerNorm(dim), HeadLinear(dim, dim), nn.ReLU())
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden + self.ffn(hidden)
+
+
+class MLPResNet(nn.Module):
+    """
+    From the hidden states of one time step's action positions to its numbers.
+
+    Args:
+        dim (`int`): Width of the language model; one time step has `action_dim` hidden states.
+        action_dim (`int`): Numbers per action.
+    """
+
+    def __init__(self, dim: int, action_dim: int):
+        super().__init__()
+        self.action_dim = action_dim
+        self.layer_norm1 = nn.LayerNorm(action_dim * dim)
+        self.fc1 = HeadLinear(action_dim * dim, dim)
+        self.act = nn.ReLU()
+        self.mlp_resnet_blocks = nn.ModuleList([MLPResNetBlock(dim) for _ in range(2)])
+        self.layer_norm2 = nn.LayerNorm(dim)
+        self.fc2 = HeadLinear(dim, action_dim)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        hidden = hidden.to(self.fc1.weight.dtype).unflatten(1, (-1, self.action_dim))  # (B, K * D, H) -> (B, K, D, H)
+        hidden = self.act(self.fc1(self.layer_norm1(hidden.flatten(2))))  # (B, K, H)
+        for block in self.mlp_resnet_blocks:
+            hidden = block(hidden)
+        return self.fc2(self.layer_norm2(hidden))  # (B, K, D)
+
+
+class L1RegressionHead(nn.Module):
+    """The normalised actions themselves, trained with the mean absolute error."""
+
+    def __init__(self, config: OpenVLAConfig):
+        super().__init__()
+        self.model = MLPResNet(config.text_config.hidden_size, config.action_dim)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Normalised actions (B, K, D) of the hidden states (B, K * D, H)."""
+        return self.model(hidden)
+
+    def loss(self, prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """Mean absolute error."""
+        return nn.functional.l1_loss(prediction.float(), target.float())
+
+
+class DenoisingHead(nn.Module):
+    """
+    What diffusion and flow matching share: actions are made of noise in several passes, in which the noisy actions and
+    their noise level are inputs of the language model. Times are float32 (B,).
+    """
+
+    def loss(self, prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """Mean squared error."""
+        return nn.functional.mse_loss(prediction.float(), target.float())
+
+    def draw_time(self, batch_size: int, device: torch.device) -> torch.Tensor:
+        """Noise levels to train with, (B,)."""
+        raise NotImplementedError
+
+    def corrupt(
+        self, actions: torch.Tensor, noise: torch.Tensor, time: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Noisy actions, and what is to be predicted from them, both float32 (B, K, D)."""
+        raise NotImplementedError
+
+    def schedule(self, num_steps: int) -> list[tuple[float, float]]:
+        """Noise levels of the passes, from pure noise on, each with the one that its pass leads to."""
+        raise NotImplementedError
+
+    def step(self, prediction: torch.Tensor, sample: torch.Tensor, time: float, next_time: float) -> torch.Tensor:
+        """`sample` (B, K, D) at the next noise level, from what the pass predicted."""
+        raise NotImplementedError
+
+    def embed_time(self, time: torch.Tensor, dim: int) -> torch.Tensor:
+        """Sinusoids of the noise levels (B,), float32 (B, `dim`)."""
+        return sinusoids(time, dim)
+
+
+class DiffusionHead(DenoisingHead):
+    """
+    Predicts the noise in the actions, as a denoising diffusion model (https://arxiv.org/abs/2006.11239) with the
+    squared-cosine schedule of https://arxiv.org/abs/2102.09672, and samples as DDIM without added noise
+    (https://arxiv.org/abs/2010.02502).
+
+    A time t is a whole number below `diffusion_steps`; with a(t) the part of the signal's variance that is left,
+    the noisy actions are sqrt(a) x + sqrt(1 - a) noise.
+    """
+
+    def __init__(self, config: OpenVLAConfig):
+        super().__init__()
+        self.num_levels = config.diffusion_steps
+        model = MLPResNet(config.text_config.hidden_size, config.action_dim)
+        self.noise_predictor = nn.ModuleDict({"mlp_resnet": model})
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Noise (B, K, D) by the hidden states (B, K * D, H)."""
+        return self.noise_predictor["mlp_resnet"](hidden)
+
+    def draw_time(self, batch_size: int, device: torch.device) -> torch.Tensor:
+        return torch.randint(self.num_levels, (batch_size,), device=device).float()
+
+    def corrupt(
+        self, actions: torch.Tensor, noise: torch.Tensor, time: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        left = signal_left(self.num_levels).to(time.device)[time.long(), None, None]  # (B, 1, 1)
+        return left.sqrt() * actions.float() + (1 - left).sqrt() * noise.float(), noise.float()
+
+    def schedule(self, num_steps: int) -> list[tuple[float, float]]:
+        """
+        Evenly spaced levels down to 0, then -1 for "no noise left".
+
+        Raises:
+            ValueError: If there are more steps than levels, or none.
+        """
+        if not 1 <= num_steps <= self.num_levels:
+            raise ValueError(f"A diffusion head takes 1 to {self.num_levels} steps, got {num_steps}.")
+        times = [float(index * self.num_levels // num_steps) for index in reversed(range(num_steps))]
+        return list(zip(times, [*times[1:], -1.0], strict=True))
+
+    def step(self, prediction: torch.Tensor, sample: torch.Tensor, time: float, next_time: float) -> torch.Tensor:
+        left = signal_left(self.num_levels)
+        now, then = left[int(time)], left[int(next_time)] if next_time >= 0 else torch.tensor(1.0)
+        noise = prediction.float()
+        actions = ((sample - (1 - now).sqrt() * noise) / now.sqrt()).clamp(-1, 1)
+        return then.sqrt() * actions + (1 - then).sqrt() * noise
+
+
+class FlowMatchingHead(DenoisingHead):
+    """
+    Predicts the velocity from noise to actions along straight lines: flow matching, https://arxiv.org/abs/2210.02747,
+    with the linear path of https://arxiv.org/abs/2209.03003.
+
+    A time t runs from 0 (noise) to 1 (actions): the noisy actions are (1 - t) noise + t x, and their velocity is
+    x - noise. Sampling follows it by Euler steps of the same length.
+    """
+
+    # Sinusoids are made for positions in the hundreds.
+    time_scale = 1000.0
+
+    def __init__(self, config: OpenVLAConfig):
+        super().__init__()
+        self.model = MLPResNet(config.text_config.hidden_size, config.action_dim)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Velocity (B, K, D) by the hidden states (B, K * D, H)."""
+        return self.model(hidden)
+
+    def draw_time(self, batch_size: int, device: torch.device) -> torch.Tensor:
+        return torch.rand(batch_size, device=device)
+
+    def corrupt(
+        self, actions: torch.Tensor, noise: torch.Tensor, time: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        actions, noise, time = actions.float(), noise.float(), time[:, None, None]  # (B, 1, 1)
+        return torch.lerp(noise, actions, time), actions - noise
+
+    def schedule(self, num_steps: int) -> list[tuple[float, float]]:
+        """
+        Steps of the same length from 0 to 1.
+
+        Raises:
+            ValueError: If there are none.
+        """
+        if num_steps < 1:
+            raise ValueError(f"Flow matching takes at least one step, got {num_steps}.")
+        return [(index / num_steps, (index + 1) / num_steps) for index in range(num_steps)]
+
+    def step(self, prediction: torch.Tensor, sample: torch.Tensor, time: float, next_time: float) -> torch.Tensor:
+        return sample + (next_time - time) * prediction.float()
+
+    def embed_time(self, time: torch.Tensor, dim: int) -> torch.Tensor:
+        return sinusoids(self.time_scale * time, dim)
+
+
+_HEADS = {"l1": L1RegressionHead, "diffusion": DiffusionHead, "flow": FlowMatchingHead}
+
+
+def make_action_head(config: OpenVLAConfig) -> nn.Module | None:
+    """The head that `config.head_type` names; `None` where the language model's tokens are the actions."""
+    return _HEADS[config.head_type](config) if config.is_continuous else None
+
+
+def signal_left(num_levels: int) -> torch.Tensor:
+    """
+    Part of the signal's variance that is left at each noise level of the squared-cosine schedule, float32 (levels,).
+
+    With f(u) = cos^2((u + 0.008) / 1.008 * pi / 2), each level keeps f((i + 1) / levels) / f(i / levels) of what the
+    one before it left, and at least 0.001.
+    """
+    grid = torch.arange(num_levels + 1, dtype=torch.float64) / num_levels
+    curve = torch.cos((grid + 0.008) / 1.008 * torch.pi / 2) ** 2  # (levels + 1,)
+    lost = (1 - curve[1:] / curve[:-1]).clamp(max=0.999)
+    return (1 - lost.float()).cumprod(dim=0)
+
+
+def sinusoids(position: torch.Tensor, dim: int) -> torch.Tensor:
+    """Sines and then cosines of `position` (B,) at `dim` / 2 frequencies from 1 to 1 / 10,000, float32 (B, `dim`)."""
+    half = dim // 2
+    exponents = torch.arange(half, device=position.device) / (half - 1)
+    angles = position[:, None].float() * 10_000.0**-exponents  # (B, dim / 2)
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
+__all__ = ["DiffusionHead", "FlowMatchingHead", "L1RegressionHead", "make_action_head"]
