@@ -532,14 +532,11 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
         self._check_forms(input_ids, inputs_embeds, pixel_values, position_ids)
         if pixel_values is not None:
-            if attention_mask is None and (input_ids == self.config.pad_token_id).any():
-                attention_mask = self._default_mask(input_ids, None)
+            attention_mask = self._mask_where_padded(input_ids, attention_mask)
             input_ids, attention_mask, labels = self._expand_image(input_ids, pixel_values, attention_mask, labels)
         is_action = self._action_positions(labels)
         noisy, target, time = self._head_inputs(actions, is_action, noise, time)
-        features = None
-        if pixel_values is not None:
-            features = self._observe(input_ids, attention_mask, is_action, pixel_values, proprio)
+        features = self._observe(input_ids, attention_mask, is_action, pixel_values, proprio)
         if inputs_embeds is None:
             inputs_embeds = self._embed(input_ids, self._with_time(features, time))
         inputs_embeds = self._place_actions(inputs_embeds, is_action, noisy)
@@ -559,17 +556,11 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
             loss, logits = self._logits_and_loss(hidden, labels, logits_to_keep, num_items_in_batch)
         else:
             predictions = self.action_head(_in_front_of(hidden, is_action))  # (B, K, D)
-            share = None if num_items_in_batch is None else (labels != -100).sum() / num_items_in_batch
-            loss = self._head_loss(predictions, target, action_is_pad, share)
-        output = OpenVLAOutput(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            projector_features=features if output_projector_features or config.output_projector_states else None,
-            head_predictions=predictions,
-        )
+            loss = self._head_loss(predictions, target, action_is_pad, labels, num_items_in_batch)
+        kept = {name: outputs.get(name) for name in ("past_key_values", "hidden_states", "attentions")}
+        if output_projector_features or config.output_projector_states:
+            kept["projector_features"] = features
+        output = OpenVLAOutput(loss=loss, logits=logits, head_predictions=predictions, **kept)
         return output if (config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
     @torch.no_grad()
@@ -893,6 +884,14 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         input_ids = torch.cat([input_ids, torch.full_like(missing, closing_token_id, dtype=input_ids.dtype)], dim=1)
         return left_pad(input_ids, torch.cat([attention_mask, missing.to(attention_mask.dtype)], dim=1))
 
+    def _mask_where_padded(
+        self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """The mask that was given, or one that is needed; `None` where every token counts."""
+        if attention_mask is None and (input_ids == self.config.pad_token_id).any():
+            return self._default_mask(input_ids, None)
+        return attention_mask
+
     def _expand_image(
         self,
         input_ids: torch.LongTensor,
@@ -957,10 +956,12 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         input_ids: torch.LongTensor,
         attention_mask: torch.Tensor | None,
         is_action: torch.Tensor | None,
-        pixel_values: torch.FloatTensor,
+        pixel_values: torch.FloatTensor | None,
         proprio: torch.FloatTensor | None,
-    ) -> torch.Tensor:
-        """Embeddings of the images and, behind them, of the state, (B, images * P [+ 1], H)."""
+    ) -> torch.Tensor | None:
+        """Embeddings of the images and, behind them, of the state, (B, images * P [+ 1], H); `None` without images."""
+        if pixel_values is None:
+            return None
         instruction = None
         if self.config.use_film:
             is_text = input_ids != self.config.image_token_id
@@ -1108,14 +1109,17 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         predictions: torch.Tensor,
         target: torch.Tensor,
         action_is_pad: torch.Tensor | None,
-        share: torch.Tensor | None,
+        labels: torch.Tensor,
+        num_items_in_batch: torch.Tensor | int | None,
     ) -> torch.Tensor:
-        """The head's loss; `share` is this batch's part of the tokens that the `Trainer` accumulates over."""
+        """The head's loss, times this batch's share of the tokens that the `Trainer` accumulates over."""
         if action_is_pad is not None:
             kept = ~action_is_pad.to(predictions.device)  # (B, K)
             predictions, target = predictions[kept], target[kept]
         loss = self.action_head.loss(predictions, target.to(predictions.device))
-        return loss if share is None else loss * share.to(loss.device)
+        if num_items_in_batch is None:
+            return loss
+        return loss * ((labels != -100).sum() / num_items_in_batch).to(loss.device)
 
 
 def _in_front_of(hidden: torch.Tensor, is_action: torch.Tensor) -> torch.Tensor:
