@@ -68,9 +68,8 @@ from training.arguments import (  # noqa: E402
     OpenVLATrainingArguments,
     parse_arguments,
 )
-from training.callbacks import PushCallback  # noqa: E402
 from training.checkpoint import Repository, locate_checkpoint, write_json  # noqa: E402
-from training.data import TrainingData, make_data, open_parts, read_statistics  # noqa: E402
+from training.data import TrainingData, make_data, open_parts, read_statistics, split_weight  # noqa: E402
 from training.modes import lora_config, prepare_quantized, quantization_config, select_trainable  # noqa: E402
 from training.processes import in_main_process  # noqa: E402
 from training.trackers import continue_trackers  # noqa: E402
@@ -220,6 +219,18 @@ def warm_up(model: PreTrainedModel) -> None:
         model(input_ids=torch.arange(1, 40)[None], pixel_values=torch.zeros(1, channels, side, side))
 
 
+def train_without_validation(training: OpenVLATrainingArguments) -> None:
+    """
+    Raises:
+        ValueError: If the best checkpoint is asked for, which validation tells.
+    """
+    if training.load_best_model_at_end:
+        raise ValueError("--load_best_model_at_end needs --validation_episodes, and datasets of ten or more.")
+    logger.info("No episode is held out: there is no validation.")
+    training.eval_strategy, training.do_eval = type(training.eval_strategy)("no"), False
+    training.eval_on_start = False
+
+
 def set_up(
     model_arguments: ModelArguments, data_arguments: DataArguments, training: OpenVLATrainingArguments
 ) -> tuple[OpenVLATrainer, Path | None]:
@@ -235,9 +246,9 @@ def set_up(
     parts = open_parts(data_arguments)
     model, processor, saved_dtype = load_model(model_arguments)
     statistics = prepare_statistics(parts, data_arguments, training, checkpoint)
-    check_action_dimensions(model, statistics)
     base_model = model.get_base_model() if model_arguments.use_peft else model
     base_model.norm_stats = processor.norm_stats = statistics
+    check_action_dimensions(model, statistics)
     if training.device.type == "cpu":
         warm_up(base_model)
         training.dataloader_pin_memory = False
@@ -254,17 +265,14 @@ def set_up(
         world_size=training.world_size,
     )
     if not data.held_out:
-        if training.load_best_model_at_end:
-            raise ValueError("--load_best_model_at_end needs --validation_episodes, and datasets of ten or more.")
-        logger.info("No episode is held out: there is no validation.")
-        training.eval_strategy, training.do_eval = type(training.eval_strategy)("no"), False
+        train_without_validation(training)
     repository = Repository(
         directory=Path(training.output_dir),
         base=Source.locate(model_arguments.model_name_or_path, model_arguments.model_revision),
         processor=processor,
         dtype=saved_dtype,
         repo_id=training.hub_model_id or Path(training.output_dir).resolve().name,
-        datasets=data_arguments.dataset or [],
+        datasets=[split_weight(text)[0] for text in data_arguments.dataset or []],
         settings=card_settings(model_arguments, data_arguments, training),
     )
     callbacks, rollouts = make_judges(base_model, processor, data, data_arguments, training)
@@ -300,6 +308,12 @@ def card_settings(model: ModelArguments, data: DataArguments, training: OpenVLAT
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """
+    Run the command.
+
+    Args:
+        arguments (`Sequence[str]`, *optional*): By default those of this process.
+    """
     # transformers 5 has other names; 4.57 knows these alone, and peft uses them.
     warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", FutureWarning)
     model_arguments, data_arguments, training = parse_arguments(arguments)
@@ -308,14 +322,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     trainer, checkpoint = set_up(model_arguments, data_arguments, training)
     size = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
     logger.info("Effective batch size %d", size)
-    push = None
-    if training.push_to_hub:
-        push = PushCallback(trainer.hub_model_id)
-        trainer.repository.repo_id = trainer.hub_model_id
-        trainer.add_callback(push)
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.write_repository()
-    if push is not None and trainer.is_world_process_zero() and not push.push(training, "End of training"):
+    push = trainer.push if trainer.is_world_process_zero() else None
+    if push is not None and not push.push(training, "End of training"):
         raise OSError(f"The policy is in {training.output_dir}, and pushing it to {push.repo_id} failed.")
 
 

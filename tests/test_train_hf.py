@@ -2,6 +2,7 @@
 """Fine-tuning from the command line: what is written, exact resumption, the loss and its gradients, bad input."""
 
 import importlib.util
+import itertools
 import json
 import os
 import random
@@ -12,6 +13,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,9 +35,12 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import train_hf
 from evaluation.policies import ExpertPolicy, ModelPolicy
+from robot_data.lerobot import LeRobotSource
 from robot_data.reading import iter_episodes
 from tabletop.record import Recording, record
+from training import trainer as trainer_module
 from training.arguments import DataArguments, parse_arguments
+from training.callbacks import PushCallback
 from training.checkpoint import Repository, find_checkpoints, locate_checkpoint
 from training.data import open_parts
 from training.trackers import continue_trackers, save_tracker_run
@@ -162,6 +167,29 @@ class TestOutput:
         assert [path.name for path in kept] == [f"checkpoint-{best_step}", "checkpoint-3"]
         weights, saved = (load_file(path / "model.safetensors") for path in (kept[0], tmp_path))
         assert all(torch.equal(saved[name], weights[name].bfloat16()) for name in saved)
+        assert f"| eval_loss | {evaluated[best_step]:.5g} |" in (tmp_path / "README.md").read_text()
+
+    def test_best_step_that_was_not_saved(self, recorded, tmp_path):
+        """The best checkpoint is the best of those that there are."""
+        steps = ("--eval_steps", "1", "--save_steps", "2", "--max_steps", "4", "--lr_scheduler_type", "constant")
+        bad = ("--learning_rate", "1", "--max_grad_norm", "0", "--load_best_model_at_end", "True")
+        train_hf.main(flags(recorded, tmp_path, *steps, *bad))
+        state = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())
+        assert state["best_global_step"] % 2  # such a learning rate makes it worse and worse
+        assert state["best_model_checkpoint"] is None or Path(state["best_model_checkpoint"]).is_dir()
+
+    def test_every_process_knows_the_best_checkpoint(self, recorded, tmp_path, monkeypatch):
+        trainer, _ = train_hf.set_up(*parse_arguments(flags(recorded, tmp_path)))
+        monkeypatch.setattr(type(trainer.args), "should_save", False)  # as in all but the main one
+        (tmp_path / "_partial" / "checkpoint-3").mkdir(parents=True)
+        trainer._globalstep_last_logged = 0
+        trainer.state.best_model_checkpoint = str(tmp_path / "_partial" / "checkpoint-3")
+        trainer._complete_checkpoint(tmp_path / "_partial" / "checkpoint-3")
+        assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-3")
+
+    def test_card_is_told_of_datasets_without_their_weights(self, recorded, tmp_path):
+        trainer, _ = train_hf.set_up(*parse_arguments(flags(f"{recorded}=3", tmp_path)))
+        assert trainer.repository.datasets == [str(recorded)]
 
     def test_adapter_merges_by_the_tool(self, run, tmp_path):
         mode, output = run
@@ -204,6 +232,16 @@ class TestResume:
             for path in (resumed, whole)
         ]
         assert accuracies[0] == accuracies[1]
+
+    def test_after_the_end(self, run, recorded, tmp_path):
+        """The repository is written again as it was, with the figures on its card."""
+        shutil.copytree(run[1] / "checkpoint-6", tmp_path / "checkpoint-6")
+        train_hf.main(flags(recorded, tmp_path, *run[0], "--resume_from_checkpoint", "True"))
+        assert (tmp_path / "model.safetensors").read_bytes() == (run[1] / "model.safetensors").read_bytes()
+        cards = [(path / "README.md").read_text().partition("### Metrics") for path in (tmp_path, run[1])]
+        assert "| loss |" in cards[0][2]
+        assert "| eval_loss |" in cards[0][2]
+        assert cards[0][2] == cards[1][2]
 
     def test_without_the_streams_place(self, run, recorded, tmp_path):
         shutil.copytree(run[1] / "checkpoint-3", tmp_path / "checkpoint-3")
@@ -323,7 +361,7 @@ class TestTrackers:
         save_tracker_run(first, tmp_path)
         again = named(tmp_path, {})
         assert (again.run_id, again.run_name) == (first.run_id, first.run_name)
-        given = named(tmp_path, {"WANDB_RUN_ID": "mine"}, "--run_name", "arms")
+        given = named(tmp_path, {"WANDB_RUN_ID": "mine"}, "--run_name", "arms", "--run_id", "other")
         assert (given.run_id, given.run_name) == ("mine", "arms")
         assert named(tmp_path / "older", {}).run_id not in (first.run_id, other.run_id)
 
@@ -519,9 +557,10 @@ class TestData:
         assert trained == set(range(10)) - held_out
 
     def test_no_validation(self, recorded, tmp_path):
-        trainer = self.set_up(recorded, tmp_path, "--validation_episodes", "0")
+        trainer = self.set_up(recorded, tmp_path, "--validation_episodes", "0", "--eval_on_start", "True")
         assert trainer.eval_dataset is None
         assert trainer.args.eval_strategy == "no"
+        assert not trainer.args.eval_on_start
         with pytest.raises(ValueError, match="load_best_model_at_end needs --validation_episodes"):
             self.set_up(
                 recorded,
@@ -559,6 +598,18 @@ class TestData:
         assert trainer.model.norm_stats["tabletop"]["action"]["q99"][0] == 0.5
         path.write_text(json.dumps({"other": statistics["tabletop"]}))
         with pytest.raises(ValueError, match=r"no statistics of \['tabletop'\]; it has \['other'\]"):
+            self.set_up(recorded, tmp_path / "out", "--statistics", str(path))
+        path.write_text(json.dumps({"tabletop": {"action": {"mean": [0.0] * 7}}}))
+        with pytest.raises(ValueError, match=r"'tabletop' has no `action` statistics with `q01` and `q99`"):
+            self.set_up(recorded, tmp_path / "out", "--statistics", str(path))
+
+    def test_number_of_steps_that_nobody_knows(self, run, recorded, tmp_path, monkeypatch):
+        statistics = json.loads((run[1] / "dataset_statistics.json").read_text())
+        del statistics["tabletop"]["num_transitions"]
+        path = tmp_path / "given.json"
+        path.write_text(json.dumps(statistics))
+        monkeypatch.setattr(LeRobotSource, "num_steps", None)  # as of RLDS
+        with pytest.raises(ValueError, match=r"files of tabletop nor its statistics.*add `num_transitions`"):
             self.set_up(recorded, tmp_path / "out", "--statistics", str(path))
 
     def test_several_datasets_as_one(self, recorded, tmp_path):
@@ -765,6 +816,17 @@ class TestRollouts:
         subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True)
 
 
+def noting(order: list[str], event: str, function: Callable) -> Callable:
+    """The function, which says in `order` that it was called."""
+
+    def noted(*args, **kwargs):
+        result = function(*args, **kwargs)
+        order.append(event)
+        return result
+
+    return noted
+
+
 class TestPush:
     @pytest.fixture
     def api(self, monkeypatch):
@@ -784,6 +846,14 @@ class TestPush:
             "transformers.Trainer.init_hf_repo",
             lambda self, *args, **kwargs: setattr(self, "hub_model_id", "me/policy"),
         )
+        order = []
+        for owner, name, event in (
+            (PushCallback, "_start", "uploading"),
+            (PushCallback, "finish", "uploaded"),
+            (trainer_module, "publish_checkpoint", "written"),
+            (Repository, "write", "written"),
+        ):
+            monkeypatch.setattr(owner, name, noting(order, event, getattr(owner, name)))
         more = ("--push_to_hub", "True", "--hub_model_id", "me/policy", "--hub_strategy", "checkpoint")
         train_hf.main(flags(recorded, tmp_path, *more))
         assert "Pushing to me/policy failed, training goes on: the network is down" in caplog.text
@@ -796,6 +866,9 @@ class TestPush:
         ]
         assert all("checkpoint-*" in upload[1] for upload in api if upload[0] == tmp_path)
         assert "me/policy" in (tmp_path / "README.md").read_text()
+        assert {"uploading", "written"} <= set(order)
+        # Nothing is replaced while it is uploaded.
+        assert ("uploading", "written") not in itertools.pairwise(order)
 
 
 HUB_ROUND_TRIP = """
@@ -936,6 +1009,12 @@ class TestArguments:
     def test_warm_up(self, tmp_path, given, steps):
         training = parse_arguments(flags(tmp_path, tmp_path, "--warmup_steps", given))[2]
         assert training.get_warmup_steps(200) == steps
+
+    def test_warm_up_by_its_older_name(self, tmp_path):
+        training = parse_arguments(flags(tmp_path, tmp_path, "--warmup_ratio", "0.25"))[2]
+        assert training.get_warmup_steps(200) == 50
+        with pytest.raises(ValueError, match="--warmup_ratio is a fraction below 1"):
+            parse_arguments(flags(tmp_path, tmp_path, "--warmup_ratio", "1.5"))
 
 
 def commands(text: str) -> list[list[str]]:

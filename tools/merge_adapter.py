@@ -25,10 +25,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from convert_checkpoint import STATISTICS_NAME, Source, check_target, push, read_object, refuse_oft, replacing
+from convert_checkpoint import STATISTICS_NAME, Source, check_target, push, read_object, replacing
 from load_policy import REPOSITORY, repository_class
 from model_card import model_card
 from native_checkpoint import preview, raise_on_difference
+from oft_checkpoint import component_files
 from peft import LoraConfig, PeftConfig
 from peft.utils.other import get_pattern_key
 from safetensors import safe_open
@@ -272,7 +273,11 @@ def load_around_weights(source: Source, base: Source) -> tuple[PreTrainedModel, 
     config = repository_class("OpenVLAConfig").from_pretrained(base.root, revision=base.revision)
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"The base model {base.root} is quantised; give the full one with --base_model.")
-    refuse_oft(base)
+    if parts := component_files(base.files()):
+        raise ValueError(
+            f"The base model {base.root} is an OpenVLA-OFT checkpoint, and {preview(sorted(parts.values()))} would be "
+            "lost: make one repository of it with tools/convert_checkpoint.py, and give that with --base_model."
+        )
     model_class = repository_class("OpenVLAForActionPrediction")
     config.architectures = [model_class.__name__]
     with torch.device("meta"):

@@ -137,6 +137,9 @@ class OpenVLATrainingArguments(TrainingArguments):
     warmup_steps: float = field(
         default=0.03, metadata={"help": "Steps of linear warm-up; below 1, a fraction of all steps."}
     )
+    warmup_ratio: float = field(
+        default=0.0, metadata={"help": "The older name of a --warmup_steps below 1, which it takes the place of."}
+    )
     weight_decay: float = field(default=0.0, metadata={"help": "Of AdamW."})
     logging_steps: float = field(default=10, metadata={"help": "Steps between two lines of the log."})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "A loss that is not finite is an error."})
@@ -186,8 +189,10 @@ class OpenVLATrainingArguments(TrainingArguments):
         self._check_rollouts()
         if self.logging_dir is None:
             self.logging_dir = str(Path(self.output_dir) / "runs")
+        if not 0 <= self.warmup_ratio < 1:
+            raise ValueError(f"--warmup_ratio is a fraction below 1; got {self.warmup_ratio}.")
         # transformers 4.57 takes only whole steps here.
-        warmup_steps, self.warmup_steps = self.warmup_steps, 0
+        warmup_steps, self.warmup_steps = self.warmup_ratio or self.warmup_steps, 0
         super().__post_init__()
         if warmup_steps < 0 or (warmup_steps >= 1 and warmup_steps != int(warmup_steps)):
             raise ValueError(f"--warmup_steps is a number of steps, or a fraction below 1; got {warmup_steps}.")

@@ -32,19 +32,18 @@ class EpochCallback(TrainerCallback):
 class PushCallback(TrainerCallback):
     """
     Uploads the repository at every save and at the end, as `hub_strategy` says. A failure is logged and training goes
-    on; the next save tries again.
+    on; the next save tries again. Who replaces files that are uploaded calls `finish` first.
 
     Args:
-        repo_id (`str`): On the Hub; it exists.
+        repo_id (`str`, *optional*): On the Hub; it exists. The main process alone knows it.
     """
 
-    def __init__(self, repo_id: str):
+    def __init__(self, repo_id: str | None):
         self.repo_id = repo_id
         self._upload: Future | None = None
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         if state.is_world_process_zero and args.hub_strategy != HubStrategy.END:
-            self.finish()
             self._start(args, f"Training in progress, step {state.global_step}")
 
     def push(self, args: TrainingArguments, message: str) -> bool:

@@ -249,7 +249,7 @@ class Repository:
             _table(["Setting", "Value"], [[f"`{name}`", value] for name, value in self.settings.items()]),
         ]
         if self.metrics:
-            rows = [[name, f"{value:.5g}"] for name, value in self.metrics.items()]
+            rows = [[name, f"{value:.5g}"] for name, value in sorted(self.metrics.items())]
             parts += [
                 "### Metrics",
                 "Losses are in nats per token; `rollout_success` is the fraction of episodes in the tabletop.",

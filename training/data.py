@@ -99,7 +99,7 @@ def open_parts(arguments: DataArguments) -> list[Part]:
 
 def _open_datasets(arguments: DataArguments, entries: dict[str, Any]) -> list[Part]:
     """Those of `--dataset`, each by itself, or under `--unnorm_key` as one."""
-    located, name = [_split_weight(text) for text in arguments.dataset], arguments.unnorm_key
+    located, name = [split_weight(text) for text in arguments.dataset], arguments.unnorm_key
     if name is None:
         return [open_part(location, weight=weight, entries=entries) for location, weight in located]
     if any(weight != 1.0 for _, weight in located):
@@ -124,7 +124,8 @@ def _filters(filters: Filters, arguments: DataArguments) -> Filters:
     return replace(filters, unlabeled_steps=True, **given)
 
 
-def _split_weight(text: str) -> tuple[str, float]:
+def split_weight(text: str) -> tuple[str, float]:
+    """Place and weight of a dataset that is given as `PLACE` or `PLACE=WEIGHT`."""
     location, _, weight = text.rpartition("=")
     try:
         return (location, float(weight)) if location else (text, 1.0)
@@ -233,7 +234,13 @@ def make_data(
 
 def _num_steps(statistics: dict[str, dict], part: Part) -> int:
     # Statistics of published checkpoints, and of datasets that were written by hand, may not count.
-    return statistics[part.source.name].get("num_transitions") or part.source.num_steps
+    name = part.source.name
+    if (count := statistics[name].get("num_transitions") or part.source.num_steps) is None:
+        raise ValueError(
+            f"Neither the files of {name} nor its statistics say how many steps there are: add `num_transitions` to "
+            "the statistics."
+        )
+    return count
 
 
 def _divide(part: Part, arguments: DataArguments, seed: int) -> tuple[Selection, Selection]:

@@ -28,7 +28,7 @@ def continue_trackers(
     """
     path = None if checkpoint is None else checkpoint / TRACKER_RUN
     saved = json.loads(path.read_text(encoding="utf-8")) if path is not None and path.is_file() else {}
-    args.run_id = args.run_id or environment.get("WANDB_RUN_ID") or saved.get("run_id") or secrets.token_hex(4)
+    args.run_id = environment.get("WANDB_RUN_ID") or args.run_id or saved.get("run_id") or secrets.token_hex(4)
     args.run_name = args.run_name or saved.get("run_name") or f"{Path(args.output_dir).resolve().name}-{args.run_id}"
     if "wandb" in args.report_to:
         environment.setdefault("WANDB_RUN_ID", args.run_id)

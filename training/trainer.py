@@ -15,7 +15,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from robot_data.loader import StepLoader
 
 from .arguments import OpenVLATrainingArguments
-from .callbacks import EpochCallback
+from .callbacks import EpochCallback, PushCallback
 from .checkpoint import (
     CHECKPOINT,
     PARTIAL,
@@ -91,6 +91,11 @@ class OpenVLATrainer(Trainer):
         )
         # Trainer does not find the name behind an adapter.
         self.label_names = ["labels"]
+        self.push: PushCallback | None = None
+        if args.push_to_hub:
+            self.push = PushCallback(self.hub_model_id)
+            self.add_callback(self.push)
+            repository.repo_id = self.hub_model_id
 
     # Steps
 
@@ -188,13 +193,6 @@ class OpenVLATrainer(Trainer):
             if skipped := sum(self.loader.skipped.values()):
                 logs["skipped_episodes"] = skipped
             self._correct, self._waited, self._logged_at = torch.zeros_like(self._correct), 0.0, now
-        self.repository.metrics |= {
-            name: value
-            for name, value in logs.items()
-            if name == "loss"
-            or name.startswith("rollout_")
-            or (name.startswith("eval_") and not name.endswith(("_runtime", "_per_second")))
-        }
         super().log(logs, *args, **kwargs)
 
     # Saving
@@ -207,6 +205,7 @@ class OpenVLATrainer(Trainer):
         with self._off_the_clock():
             if self.rollouts is not None:
                 self.log(in_main_process("Rolling the policy out", self.rollouts))
+            self._finish_upload()
             with writing(name, root):
                 self._partial = root / PARTIAL
                 try:
@@ -228,21 +227,29 @@ class OpenVLATrainer(Trainer):
         }
         state = {"stream": self.loader.state_dict(), "unlogged": unlogged}
         write_json(directory / STREAM_STATE.format(rank=self.args.process_index), state)
+        if (best := self.state.best_model_checkpoint) is not None:  # where every process will load it from
+            self.state.best_model_checkpoint = str(Path(self.args.output_dir) / Path(best).name)
         if self.args.should_save:
             save_tracker_run(self.args, directory)
-        if self.args.should_save and self.state.best_global_step:
-            root = Path(self.args.output_dir)
-            self.state.best_model_checkpoint = str(root / f"{CHECKPOINT}{self.state.best_global_step}")
             self.state.save_to_json(str(directory / TRAINER_STATE_NAME))
 
     def write_repository(self) -> None:
         """Write the complete repository to the root of the output directory, unless it is there already."""
-        step = None if self.args.load_best_model_at_end and not self.is_in_train else self.state.global_step
-        if step is None or step != self._written_at:
+        best, step = self.state.best_model_checkpoint, self.state.global_step
+        if best is not None and self.args.load_best_model_at_end and not self.is_in_train:
+            step = int(Path(best).name.removeprefix(CHECKPOINT))
+        if step != self._written_at:
+            self._finish_upload()
+            self.repository.metrics = card_metrics(self.state.log_history, step)
             with writing("the repository", Path(self.args.output_dir)):
                 self.save_model()
             self._written_at = step
         self.accelerator.wait_for_everyone()
+
+    def _finish_upload(self) -> None:
+        """Replace nothing that is being uploaded: what arrives would be of two steps."""
+        if self.push is not None:
+            self.push.finish()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As [`Trainer.save_model`]; without `output_dir`, and into that of the run, the complete repository."""
@@ -276,3 +283,22 @@ class OpenVLATrainer(Trainer):
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Nothing: [`PushCallback`] uploads what is complete."""
+
+
+def card_metrics(history: list[dict[str, float]], step: int) -> dict[str, float]:
+    """
+    What the model card tells of a run: the last loss, figures of validation and of rollouts.
+
+    Args:
+        history (`list[dict[str, float]]`): The log.
+        step (`int`): Of the weights; what was measured later is not told.
+    """
+    known = [entry for entry in history if entry["step"] <= step]
+    return {
+        name: value
+        for entry in known
+        for name, value in entry.items()
+        if name == "loss"
+        or name.startswith("rollout_")
+        or (name.startswith("eval_") and not name.endswith(("_runtime", "_per_second")))
+    }
