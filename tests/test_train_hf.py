@@ -41,7 +41,7 @@ from tabletop.record import Recording, record
 from training import trainer as trainer_module
 from training.arguments import DataArguments, parse_arguments
 from training.callbacks import PushCallback
-from training.checkpoint import Repository, find_checkpoints, locate_checkpoint
+from training.checkpoint import Repository, find_checkpoints, locate_checkpoint, writing
 from training.data import open_parts
 from training.trackers import continue_trackers, save_tracker_run
 from training.trainer import OpenVLATrainer
@@ -612,6 +612,15 @@ class TestData:
         with pytest.raises(ValueError, match=r"files of tabletop nor its statistics.*add `num_transitions`"):
             self.set_up(recorded, tmp_path / "out", "--statistics", str(path))
 
+    def test_statistics_of_another_width(self, run, recorded, tmp_path):
+        statistics = json.loads((run[1] / "dataset_statistics.json").read_text())
+        block = statistics["tabletop"]["action"]
+        statistics["tabletop"]["action"] = {name: [*values, values[-1]] for name, values in block.items()}
+        path = tmp_path / "wide.json"
+        path.write_text(json.dumps(statistics))
+        with pytest.raises(ValueError, match="tabletop have 7 dimensions, its statistics 8"):
+            self.set_up(recorded, tmp_path / "out", "--statistics", str(path))
+
     def test_several_datasets_as_one(self, recorded, tmp_path):
         """One set of statistics over all of them, under the name that was given, and steps of all."""
         more = record(Recording(episodes=4, image_size=32, seed=9), tmp_path / "more")
@@ -763,14 +772,14 @@ class TestRollouts:
         trainer.model.train()
         trainer.model.get_base_model().vision_backbone.eval()
         modes = [module.training for module in trainer.model.modules()]
-        asked, predict = [], ModelPolicy.predict
+        asked, predict = [], ModelPolicy.predict_chunks
 
-        def remember(policy, instructions, images):
-            actions = predict(policy, instructions, images)
+        def remember(policy, instructions, images, states=None):
+            actions = predict(policy, instructions, images, states)
             asked.append((instructions, np.stack(images), actions))
             return actions
 
-        monkeypatch.setattr(ModelPolicy, "predict", remember)
+        monkeypatch.setattr(ModelPolicy, "predict_chunks", remember)
         assert trainer.rollouts() == trainer.rollouts()
         assert [module.training for module in trainer.model.modules()] == modes
         first, again = asked[: len(asked) // 2], asked[len(asked) // 2 :]
@@ -1065,6 +1074,23 @@ RECIPES = {
     "tabletop_from_scratch": (None, None),
     "small_language_model": (SMALL_LM, 1_121_022_208 - 43_080_480),
 }
+
+
+class TestWriting:
+    """What is said where a checkpoint cannot be written, and what is not said."""
+
+    @pytest.mark.parametrize("error", [OSError("no space"), RuntimeError("PytorchStreamWriter failed")])
+    def test_failures_of_writing(self, tmp_path, error):
+        (tmp_path / "_partial").mkdir()
+        with pytest.raises(OSError, match="the weights could not be written into"), writing("the weights", tmp_path):
+            raise error
+        assert not (tmp_path / "_partial").exists()
+
+    def test_other_failures_keep_their_name(self, tmp_path):
+        (tmp_path / "_partial").mkdir()
+        with pytest.raises(torch.OutOfMemoryError), writing("the weights", tmp_path):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        assert (tmp_path / "_partial").exists()
 
 
 class TestRecipes:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from convert_checkpoint import STATISTICS_NAME, Source
 from huggingface_hub import ModelCard, save_torch_state_dict, snapshot_download
 from load_policy import REPOSITORY
@@ -131,8 +132,11 @@ def writing(what: str, output_dir: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, RuntimeError) and type(error) is not RuntimeError:
+            raise  # memory that ran out, or another process that was lost: torch's writer raises no kind of its own
         free = shutil.disk_usage(output_dir).free / 2**20
-        shutil.rmtree(output_dir / PARTIAL, ignore_errors=True)
+        if PartialState().is_main_process:
+            shutil.rmtree(output_dir / PARTIAL, ignore_errors=True)
         found = find_checkpoints(output_dir)
         advice = f"{found[-1].name} is complete: go on with --resume_from_checkpoint True. " if found else ""
         raise OSError(

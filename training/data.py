@@ -213,6 +213,8 @@ def make_data(
         augmentation = Augmentation(mode=arguments.image_augmentation)
         processor.image_processor.center_crop_area = augmentation.crop_area
     episodes = [_read(part, arguments) for part in validation]
+    for group in episodes:
+        _check_width(group[0], statistics)
     plain = Collator(processor, arguments.camera, predict_stop_token=arguments.predict_stop_token)
     return TrainingData(
         stream=StepStream(
@@ -261,6 +263,15 @@ def _read(part: Part, arguments: DataArguments) -> list[Episode]:
             "--validation_episodes, or 0 for no validation."
         )
     return episodes
+
+
+def _check_width(episode: Episode, statistics: dict[str, dict]) -> None:
+    expected, found = len(statistics[episode.dataset]["action"]["q01"]), episode.actions.shape[1]
+    if found != expected:
+        raise ValueError(
+            f"The actions of {episode.dataset} have {found} dimensions, its statistics {expected}: they belong to "
+            "another dataset or description."
+        )
 
 
 def _sample(episodes: list[Episode], limit: int) -> list[Step]:

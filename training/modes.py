@@ -67,8 +67,7 @@ def select_trainable(model: PreTrainedModel, mode: str) -> PreTrainedModel:
     model.requires_grad_(False)
     for module in modules:
         module.requires_grad_(True)
-    for tower in model.vision_backbone.towers:
-        tower.freeze_unused()
+    model.freeze_unused()
     return model
 
 
