@@ -976,6 +976,18 @@ def test_overfit_one_episode(recorded, tmp_path):
     assert evaluation["eval_action_accuracy"] >= 0.99
 
 
+def test_optimizer_with_8_bits(recorded, tmp_path):
+    """bitsandbytes keeps the moments of all large tensors as bytes, on the CPU as well."""
+    pytest.importorskip("bitsandbytes")
+    train_hf.main(flags(recorded, tmp_path / "out", "--optim", "adamw_bnb_8bit", "--validation_episodes", "0"))
+    (checkpoint,) = find_checkpoints(tmp_path / "out")[-1:]
+    states = torch.load(checkpoint / "optimizer.pt", weights_only=True)["state"].values()
+    moments = [state.get("__bnb_optimizer_quant_state__", state)["state1"] for state in states]
+    in_bytes = sum(moment.numel() for moment in moments if moment.dtype == torch.uint8)
+    assert in_bytes > 0.5 * sum(moment.numel() for moment in moments)
+    assert losses(tmp_path / "out")[STEPS] < losses(tmp_path / "out")[1]
+
+
 class TestArguments:
     def test_a_file_alone(self, tmp_path):
         path = tmp_path / "run.yaml"
@@ -1114,6 +1126,16 @@ class TestRecipes:
         assert count > 0 if expected is None else count == expected
         if data.mixture is not None:
             assert data.mixture in yaml.safe_load((REPOSITORY / "robot_data" / "mixtures.yaml").read_text())
+
+    def test_tabletop_learns_what_the_expert_would_do(self, recorded, tmp_path, monkeypatch):
+        monkeypatch.chdir(REPOSITORY)
+        recipe = "recipes/tabletop_from_scratch.yaml"
+        arguments = parse_arguments([recipe, "--dataset", str(recorded), "--output_dir", str(tmp_path)])[1]
+        (part,) = open_parts(arguments)
+        (first, *_) = iter_episodes(part.source, part.config)
+        rows = pq.read_table(recorded / "data/chunk-000/file-000.parquet").slice(0, len(first)).to_pydict()
+        np.testing.assert_array_equal(first.actions, np.float32(rows["expert_action"]))
+        assert not np.array_equal(first.actions, np.float32(rows["action"]))
 
     @pytest.mark.parametrize("name", ["ddp", "fsdp2", "deepspeed_zero3"])
     def test_accelerate_reads_its_configurations(self, name, golden_model):
