@@ -132,7 +132,7 @@ def test_answer_is_read_behind_the_instruction(side):
     """From the last tokens of the prompt, on whichever side shorter rows are padded."""
     model, processor = load_policy(REPOSITORY, dtype=torch.float32)
     processor.tokenizer.padding_side = side
-    frames = collect(2, model.config.image_sizes[0], OBJECTS, seed=0, num_workers=1)
+    frames = collect_episode(0, model.config.image_sizes[0], OBJECTS)[slice(2)]
     trainer = GroundingTrainer(model, processor)
     texts = ["pick up the red cube", "drop the orange cylinder in the bowl"]
     together = trainer.read(frames, texts)[2]
