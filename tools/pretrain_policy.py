@@ -6,8 +6,9 @@ Teach a small policy to see the tabletop and to know what it is told of, before 
 
 Published policies start from a vision-language model: towers that have seen the world's pictures, and a language
 model that knows what words mean. A small policy that is trained from scratch has neither. Here each patch token learns
-what the patch shows and where that is, and the end of the prompt where the object lies that the instruction names, and
-where the hand is. Labels come from the simulator, through linear layers that are thrown away afterwards.
+to be like the words for what the patch shows, and where that is, and the end of the prompt where the object lies that
+the instruction names, and where the hand is. Every known object of a picture is asked for: only the words tell which.
+Labels come from the simulator, through linear layers that are thrown away afterwards.
 """
 
 import argparse
@@ -37,8 +38,9 @@ from tabletop.tasks import SIDES, TASKS, WORDINGS
 
 
 OBJECTS = [f"{color} {shape}" for color in COLORS for shape in SHAPES]
+CLASSES = ["table", "bowl", "robot", *OBJECTS]
 BACKGROUND, BOWL, HAND, FIRST_OBJECT = range(4)
-NUM_CLASSES = FIRST_OBJECT + len(OBJECTS)
+NUM_CLASSES = len(CLASSES)
 UNKNOWN = NUM_CLASSES  # held out: nothing is said about it
 HAND_BODIES = ("hand", "left_finger", "right_finger")
 # Turns about the vertical after which a shape looks the same: in a full turn, so many.
@@ -50,6 +52,7 @@ POSE_SIZE = len(POSE_SCALE)
 # Tokens that are to know the object, up to the end of the prompt: the words that name it stand among them, and find it
 # in one step of attention, from which the others copy.
 PROMPT_END = 11
+LIKENESS_SCALE = 4.0  # embeddings are small at the start
 NOISE = 0.5  # of the expert: hands off the straight way are seen, too
 
 
@@ -166,7 +169,8 @@ def patch_targets(frames: Frames, grid: int) -> tuple[torch.Tensor, torch.Tensor
 
 class GroundingTrainer:
     """
-    A policy with linear layers that read the labels from its patch tokens and from the end of its prompt.
+    A policy with linear layers that read the labels from its patch tokens and from the end of its prompt. Classes of
+    patches are told by their likeness to the embedding of the words for them, in which the prompt asks.
 
     Args:
         model ([`PreTrainedModel`]): The policy.
@@ -177,12 +181,14 @@ class GroundingTrainer:
         self.model, self.processor = model, processor
         self.grid = math.isqrt(model.config.towers[0].num_patches)
         width = model.config.text_config.hidden_size
-        self.patch_readout = torch.nn.Linear(width, NUM_CLASSES + POSE_SIZE)
+        self.word_ids = [processor.tokenizer(name, add_special_tokens=False)["input_ids"] for name in CLASSES]
+        self.class_bias = torch.nn.Parameter(torch.zeros(NUM_CLASSES))
+        self.patch_readout = torch.nn.Linear(width, POSE_SIZE)
         self.prompt_readout = torch.nn.Linear(width, 2 * POSE_SIZE)
 
     def parameters(self) -> list[torch.nn.Parameter]:
         modules = (self.model, self.patch_readout, self.prompt_readout)
-        return [each for module in modules for each in module.parameters() if each.requires_grad]
+        return [self.class_bias, *(each for module in modules for each in module.parameters() if each.requires_grad)]
 
     def read(self, frames: Frames, instructions: list[str]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """
@@ -200,12 +206,17 @@ class GroundingTrainer:
         inputs = self.processor(instruction=instructions, images=list(frames.images), padding=True)
         with torch.autocast("cpu", torch.bfloat16):
             output = self.model(**inputs, output_hidden_states=True, output_projector_features=True, logits_to_keep=1)
-            patches = self.patch_readout(output.projector_features).float()
+            poses = self.patch_readout(output.projector_features).float()
             prompt = self.prompt_readout(_end_of_prompt(output.hidden_states[-1], inputs["attention_mask"])).float()
-        return *patches.split([NUM_CLASSES, POSE_SIZE], dim=-1), prompt.unflatten(-1, (2, POSE_SIZE))
+        embeddings = self.model.get_input_embeddings().weight
+        words = torch.stack([embeddings[ids].sum(dim=0) for ids in self.word_ids])  # (C, H)
+        logits = LIKENESS_SCALE * output.projector_features.float() @ words.T + self.class_bias
+        return logits, poses, prompt.unflatten(-1, (2, POSE_SIZE))
 
-    def loss(self, frames: Frames, instructions: list[str], targets: torch.Tensor) -> torch.Tensor:
-        """Of one batch; `targets` (B, 2, 6) are the poses of the object that is named and of the hand."""
+    def loss(self, frames: Frames, known: list[str], rng: np.random.Generator) -> torch.Tensor:
+        """Of one batch, in which every known object is asked for."""
+        rows, instructions, targets = ask(frames, known, rng)
+        frames = frames[rows]
         logits, poses, prompt = self.read(frames, instructions)
         shares, patch_poses = patch_targets(frames, self.grid)
         seen = F.cross_entropy(logits.transpose(1, 2), shares.transpose(1, 2)) + _distance(poses, patch_poses)
@@ -216,8 +227,9 @@ class GroundingTrainer:
         """Patches whose class is right, and middle errors of positions in millimetres."""
         hits, patch_errors, object_errors = [], [], []
         rng = np.random.default_rng(0)
-        for batch in batches(frames, 64, None):
-            instructions, targets = ask(batch, known, rng)
+        for batch in batches(frames, 32, None):
+            rows, instructions, targets = ask(batch, known, rng)
+            batch = batch[rows]
             logits, poses, prompt = self.read(batch, instructions)
             shares, patch_poses = patch_targets(batch, self.grid)
             hits.append((logits.argmax(-1) == shares.argmax(-1)).float())
@@ -249,22 +261,25 @@ def _millimetres(difference: torch.Tensor) -> torch.Tensor:
     return 1000 * (difference * torch.from_numpy(POSE_SCALE))[..., :3].norm(dim=-1)
 
 
-def ask(frames: Frames, known: list[str], rng: np.random.Generator) -> tuple[list[str], torch.Tensor]:
+def ask(frames: Frames, known: list[str], rng: np.random.Generator) -> tuple[np.ndarray, list[str], torch.Tensor]:
     """
-    For each frame an instruction about one of the known objects in it, in the words of any task.
+    An instruction about every known object in every frame, in the words of any task.
 
     Returns:
-        `tuple[list[str], torch.Tensor]`: Instructions, and the normalised poses of object and hand (B, 2, 6).
+        `tuple[np.ndarray, list[str], torch.Tensor]`: Of each instruction the frame (N,), the text, and the normalised
+        poses of object and hand (N, 2, 6).
     """
-    instructions, targets = [], []
     numbers = [FIRST_OBJECT + OBJECTS.index(name) for name in known]
-    for poses in frames.poses:
-        chosen = int(rng.choice([number for number in numbers if not np.isnan(poses[number, 0])]))
-        wording = str(rng.choice(WORDINGS[str(rng.choice(TASKS))]))
-        side = str(rng.choice(list(SIDES)))
-        instructions.append(wording.format(object=OBJECTS[chosen - FIRST_OBJECT], side=side))
-        targets.append(poses[[chosen, HAND]])
-    return instructions, torch.from_numpy((np.stack(targets) - POSE_CENTER) / POSE_SCALE)
+    asked = [
+        (row, number) for row, poses in enumerate(frames.poses) for number in numbers if not np.isnan(poses[number, 0])
+    ]
+    texts = [str(rng.choice(WORDINGS[str(rng.choice(TASKS))])) for _ in asked]
+    instructions = [
+        text.format(object=CLASSES[number], side=str(rng.choice(list(SIDES))))
+        for text, (_, number) in zip(texts, asked, strict=True)
+    ]
+    targets = np.stack([frames.poses[row, [number, HAND]] for row, number in asked])
+    return np.array([row for row, _ in asked]), instructions, torch.from_numpy((targets - POSE_CENTER) / POSE_SCALE)
 
 
 def batches(frames: Frames, size: int, rng: np.random.Generator | None) -> Iterator[Frames]:
@@ -286,7 +301,7 @@ def pretrain(
     bar = tqdm(total=steps, desc="training")
     for epoch in range(arguments.epochs):
         for batch in batches(frames, arguments.batch_size, rng):
-            loss = trainer.loss(batch, *ask(batch, known, rng))
+            loss = trainer.loss(batch, known, rng)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(trainer.parameters(), 1.0)
             optimizer.step()
@@ -304,7 +319,7 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--frames", type=int, default=40_000)
     parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--batch_size", type=int, default=12, help="frames, each with some three instructions")
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--hold_out", nargs="+", default=[], help="as `python -m tabletop.record` takes it")
