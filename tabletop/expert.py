@@ -9,7 +9,17 @@ from .tasks import SIDES, Goal
 
 
 HOVER = 0.10  # above the table, metres
-GRASP_TOLERANCE = 0.014
+# Wide enough, in metres and radians, for a learner that sees a little less well than the expert: with narrow ones it
+# would hover over the target for ever.
+GRASP_TOLERANCE = 0.018
+YAW_TOLERANCE = 0.3
+# The way down is a cone: so far from its axis the hand stays so much above its end.
+CONE_RADIUS = 0.010
+CONE_SLOPE = 1.6
+CONE_SLOPE_YAW = 0.2  # metres per radian beyond half the tolerance
+# Of one finger, metres: closed farther than around the narrowest object, it has missed.
+MISSED_WIDTH = 0.012
+PUSH_HEIGHT, PUSH_TOLERANCE = 0.022, 0.03
 CLEAR = np.array([0.5, 0.0, 0.2])  # where a hand can turn freely, metres
 # Radians from straight down that are left alone: demonstrations turn about the vertical alone.
 TILT_TOLERANCE = 0.12
@@ -78,19 +88,25 @@ class Expert:
         env = self.env
         target, hand = env.data.body(self.goal.target).xpos, env.data.site("grasp").xpos
         offset = target - hand
-        sideways = np.linalg.norm(offset[:2])
-        closed = env.data.qpos[7] < 0.9 * OPEN_WIDTH
+        sideways, width = np.linalg.norm(offset[:2]), env.data.qpos[7]
         around = sideways < 2 * GRASP_TOLERANCE and abs(offset[2]) < 2 * GRASP_TOLERANCE
-        if closed and around:
-            return self._carry(task, target, hand) if self._is_gripped() else (np.zeros(3), 0.0, 0.0)
+        if around and width < 0.9 * OPEN_WIDTH:
+            if self._is_gripped():
+                return self._carry(task, target, hand)
+            # Up as well: where it is no longer around the target, fingers that open are not taken for closing ones.
+            missed = width < MISSED_WIDTH
+            return np.array([0.0, 0.0, MAX_TRANSLATION if missed else 0.0]), 0.0, float(missed)
         if task == "put_in_bowl" and self._over_bowl(target) and target[2] < 2 * BOWL_HEIGHT:
             return np.array([0.0, 0.0, MAX_TRANSLATION]), 0.0, 1.0  # released: out of the way
         yaw = self._yaw_error()
-        if sideways > GRASP_TOLERANCE or abs(yaw) > 0.12:
-            return np.append(offset[:2], HOVER - hand[2] if sideways > 0.03 or abs(yaw) > 0.3 else 0.0), yaw, 1.0
-        if abs(offset[2]) > GRASP_TOLERANCE:
-            return offset, yaw, 1.0
-        return np.zeros(3), 0.0, 0.0
+        if sideways < GRASP_TOLERANCE and abs(offset[2]) < GRASP_TOLERANCE and abs(yaw) < YAW_TOLERANCE:
+            return np.zeros(3), 0.0, 0.0
+        turn = CONE_SLOPE_YAW * max(abs(yaw) - YAW_TOLERANCE / 2, 0.0)
+        return np.append(offset[:2], self._height(target[2] + turn, sideways) - hand[2]), yaw, 1.0
+
+    def _height(self, end: float, sideways: float) -> float:
+        """Of the cone's side, so far from its axis."""
+        return min(HOVER, end + CONE_SLOPE * max(sideways - CONE_RADIUS, 0.0))
 
     def _carry(self, task: str, target: np.ndarray, hand: np.ndarray) -> tuple[np.ndarray, float, float]:
         if task == "pick":
@@ -113,11 +129,12 @@ class Expert:
         beside = target[0] - hand[0]
         low = hand[2] < 0.04
         if low and behind > 0.5 * reach and abs(beside) < 0.02:
-            return 0.03 * direction + [0.5 * beside, 0.0, 0.022 - hand[2]], 0.0, 0.0
+            return 0.03 * direction + [0.5 * beside, 0.0, PUSH_HEIGHT - hand[2]], 0.0, 0.0
         offset = target - (reach + 0.025) * direction - hand
-        if np.linalg.norm(offset[:2]) > 0.012:
-            return np.append(offset[:2] if not low else np.zeros(2), HOVER - hand[2]), 0.0, 0.0
-        return np.append(offset[:2], 0.022 - hand[2]), 0.0, 0.0
+        sideways = np.linalg.norm(offset[:2])
+        if low and sideways > PUSH_TOLERANCE:  # the target is in the way
+            return np.array([0.0, 0.0, MAX_TRANSLATION]), 0.0, 0.0
+        return np.append(offset[:2], self._height(PUSH_HEIGHT, sideways) - hand[2]), 0.0, 0.0
 
     def _is_gripped(self) -> bool:
         """Whether both fingers touch the target."""

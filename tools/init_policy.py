@@ -5,11 +5,20 @@ Write a small, randomly initialised policy with its processor: the start of a tr
 """
 
 import argparse
+import math
+import sys
 from pathlib import Path
 
 import torch
 from load_policy import REPOSITORY, repository_class
+from torch import nn
 from transformers import PreTrainedTokenizerFast, set_seed
+
+
+sys.path.insert(0, str(REPOSITORY))
+
+from tabletop.control import OPEN_WIDTH, REACH_HIGH, REACH_LOW
+from tabletop.environment import MAX_ROTATION, MAX_TRANSLATION
 
 
 IMAGE_SIZE, PATCH_SIZE = 128, 16
@@ -30,15 +39,28 @@ LANGUAGE_MODEL = {
     "num_key_value_heads": 4,
     "initializer_range": 0.04,
 }
+ROOM = 1.25
+EMBEDDING_NORM = LANGUAGE_MODEL["initializer_range"] * math.sqrt(LANGUAGE_MODEL["hidden_size"])
 
 
 def make_statistics(dataset: str) -> dict[str, dict]:
-    """Statistics of a dataset whose actions already lie in [-1, 1], the gripper in [0, 1] and not normalised."""
-    low, high = [-1.0] * 6 + [0.0], [1.0] * 7
-    block = {"mean": [0.0] * 6 + [0.5], "std": [0.5] * 7, "min": low, "max": high, "q01": low, "q99": high}
-    action = {**block, "mask": [True] * 6 + [False]}
-    zeros = {name: [0.0] * 8 for name in block}
-    return {dataset: {"action": action, "proprio": zeros, "num_transitions": 0, "num_trajectories": 0}}
+    """Statistics that scale the tabletop's actions by their bounds, whatever was recorded; the gripper as it is."""
+    # With room on both sides, so that the largest actions, which are the most common ones, are bins among others.
+    high = [ROOM * MAX_TRANSLATION] * 3 + [ROOM * MAX_ROTATION] * 3 + [1.0]
+    action = {**_bounds([-value for value in high[:6]] + [0.0], high), "mask": [True] * 6 + [False]}
+    turn = [math.pi] * 3
+    proprio = _bounds(
+        [*REACH_LOW.tolist(), *(-value for value in turn), 0.0, 0.0],
+        [*REACH_HIGH.tolist(), *turn, OPEN_WIDTH, OPEN_WIDTH],
+    )
+    return {dataset: {"action": action, "proprio": proprio, "num_transitions": 0, "num_trajectories": 0}}
+
+
+def _bounds(low: list[float], high: list[float]) -> dict[str, list[float]]:
+    """Statistics of numbers that may lie anywhere between two ends."""
+    mean = [(least + most) / 2 for least, most in zip(low, high, strict=True)]
+    std = [(most - least) / math.sqrt(12) for least, most in zip(low, high, strict=True)]
+    return {"mean": mean, "std": std, "min": low, "max": high, "q01": low, "q99": high}
 
 
 def position_embedding(grid: int, dim: int) -> torch.Tensor:
@@ -51,6 +73,18 @@ def position_embedding(grid: int, dim: int) -> torch.Tensor:
     line = torch.cat([angles.sin(), angles.cos()], dim=1)  # (grid, dim / 2)
     rows, columns = line[:, None].expand(-1, grid, -1), line[None].expand(grid, -1, -1)
     return torch.cat([rows, columns], dim=2).reshape(1, grid * grid, dim)
+
+
+def bin_embedding(num_bins: int, dim: int, num_waves: int = 32) -> torch.Tensor:
+    """
+    Rows (num_bins, dim) of unit length in which bins that lie near each other are alike: waves along the value, fewer
+    of the fast ones, in random directions. What is learned of one bin is learned of its neighbours, too.
+    """
+    value = torch.linspace(0.0, math.pi, num_bins)[:, None]
+    number = torch.arange(1, num_waves + 1)
+    waves = torch.cat([(number * value).cos(), (number * value).sin()], dim=1) / number.repeat(2).sqrt()
+    directions = torch.linalg.qr(torch.randn(dim, 2 * num_waves))[0]  # (dim, 2 * num_waves)
+    return nn.functional.normalize(waves @ directions.T, dim=1)
 
 
 def write_policy(output_dir: Path, seed: int, dataset: str) -> None:
@@ -74,6 +108,11 @@ def write_policy(output_dir: Path, seed: int, dataset: str) -> None:
     model = repository_class("OpenVLAForActionPrediction")(config)
     for tower in model.vision_backbone.towers:
         tower.pos_embed.data = position_embedding(IMAGE_SIZE // PATCH_SIZE, VIT["embed_dim"])
+    # Bins in ascending order have descending ids.
+    bins = bin_embedding(config.n_action_bins, LANGUAGE_MODEL["hidden_size"]).flip(0)
+    rows = slice(config.action_token_begin, config.action_token_end)
+    model.get_output_embeddings().weight.data[rows] = bins
+    model.get_input_embeddings().weight.data[rows] = EMBEDDING_NORM * bins
     for name, token_id in special.items():
         setattr(model.generation_config, name, token_id)
     image_processor = repository_class("OpenVLAImageProcessor")(

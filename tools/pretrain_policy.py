@@ -1,176 +1,111 @@
 """
-Teach a small policy to see the tabletop and to know what it is told of, before it learns to act.
+Teach a small policy to see the tabletop, and what words mean, before it is trained to act.
 
     python tools/init_policy.py --output_dir untrained
     python tools/pretrain_policy.py --policy untrained --output_dir pretrained
 
 Published policies start from a vision-language model: towers that have seen the world's pictures, and a language
-model that knows what words mean. A small policy that is trained from scratch has neither. Here each patch token learns
-to be like the words for what the patch shows, and where that is, and the end of the prompt where the object lies that
-the instruction names, and where the hand is. Every known object of a picture is asked for: only the words tell which.
-Labels come from the simulator, through linear layers that are thrown away afterwards.
+model that knows what words mean. A small policy that is trained from scratch has neither, and demonstrations alone
+teach it neither: they show one goal in each picture. The simulator knows more. First the towers and the projector
+learn: each patch token is to be like the words for what the patch shows, and to tell where that is. Then the language
+model learns, over towers that rest: from the word that names an object on, it is to look at that object's patches, to
+tell where it lies, and to speak the action that the expert would do, for several goals in each picture, between which
+only the words decide. What tells patches and places is thrown away afterwards.
 """
 
 import argparse
 import math
 import sys
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import repeat
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from labelled_frames import (
+    CLASSES,
+    FIRST_OBJECT,
+    HAND,
+    KINDS,
+    NUM_CLASSES,
+    OBJECTS,
+    POSE_CENTER,
+    POSE_SCALE,
+    POSE_SIZE,
+    UNKNOWN,
+    Frames,
+    collect,
+)
 from load_policy import REPOSITORY, load_policy
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 from transformers import PreTrainedModel, ProcessorMixin, set_seed
 
 
 sys.path.insert(0, str(REPOSITORY))
 
-from tabletop.environment import TabletopEnv
-from tabletop.expert import Expert
 from tabletop.record import Recording
-from tabletop.scene import COLORS, SHAPES
-from tabletop.tasks import SIDES, TASKS, WORDINGS
+from tabletop.tasks import WORDINGS
+from training.smoothing import smoothed_cross_entropy
 
 
-OBJECTS = [f"{color} {shape}" for color in COLORS for shape in SHAPES]
-CLASSES = ["table", "bowl", "robot", *OBJECTS]
-BACKGROUND, BOWL, HAND, FIRST_OBJECT = range(4)
-NUM_CLASSES = len(CLASSES)
-UNKNOWN = NUM_CLASSES  # held out: nothing is said about it
-HAND_BODIES = ("hand", "left_finger", "right_finger")
-# Turns about the vertical after which a shape looks the same: in a full turn, so many.
-SYMMETRY = {"cube": 4, "brick": 2}
-# Position in metres, cosine and sine of the turn, opening of the fingers in metres: about zero and one of each.
-POSE_CENTER = np.array([0.51, 0.0, 0.1, 0.0, 0.0, 0.02], dtype=np.float32)
-POSE_SCALE = np.array([0.12, 0.2, 0.1, 1.0, 1.0, 0.02], dtype=np.float32)
-POSE_SIZE = len(POSE_SCALE)
-# Tokens that are to know the object, up to the end of the prompt: the words that name it stand among them, and find it
-# in one step of attention, from which the others copy.
-PROMPT_END = 11
+ACTION_DIM = 7
 LIKENESS_SCALE = 4.0  # embeddings are small at the start
-NOISE = 0.5  # of the expert: hands off the straight way are seen, too
+# Weights of what is learned beside the classes of patches and the actions.
+PATCH_POSE_WEIGHT, POSE_WEIGHT, LOOK_WEIGHT = 3.0, 2.0, 0.2
+FOLLOWED_SHARE = 0.7  # of the pictures in which the goal that was followed is asked for: it alone shows grasps
+WARMUP_STEPS = 200
+LEAST_SHARE = 0.05  # of a patch that an object takes up, all patches together, to be seen at all
 
 
-@dataclass
-class Frames:
-    """
-    Pictures of the front camera with what is on them.
-
-    Args:
-        images (`np.ndarray`): uint8 (N, S, S, 3).
-        classes (`np.ndarray`): uint8 (N, S, S), what each pixel shows; `UNKNOWN` where nothing is to be learned.
-        poses (`np.ndarray`): float32 (N, C, 6), of each class: x, y, z in metres in the robot's base frame, cosine and
-            sine of the turn about the vertical, opening of the fingers in metres; NaN where it has none.
-    """
-
-    images: np.ndarray
-    classes: np.ndarray
-    poses: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: np.ndarray | slice) -> "Frames":
-        return Frames(self.images[index], self.classes[index], self.poses[index])
-
-    @staticmethod
-    def concatenate(parts: list["Frames"]) -> "Frames":
-        return Frames(*(np.concatenate([getattr(part, name) for part in parts]) for name in Frames.__annotations__))
+# What patches show
 
 
-# Frames of the simulator
-
-
-def collect_episode(seed: int, image_size: int, known: list[str]) -> Frames:
-    """What the front camera sees while a noisy expert handles one of the known objects."""
-    env = TabletopEnv(image_size=image_size, cameras=(), objects=known)
-    env.reset(seed=seed)
-    rng, expert, found, ended = np.random.default_rng(seed), Expert(env), [], False
-    classes = geom_classes(env, known)
-    while not ended:
-        picture, geoms = env.camera.render_with_geoms(env.data, "front")
-        found.append((picture, classes[geoms], class_poses(env)))
-        _, _, terminated, truncated, _ = env.step(expert.noisy_action(rng, NOISE))
-        ended = terminated or truncated
-    env.close()
-    return Frames(*(np.stack(column) for column in zip(*found, strict=True)))
-
-
-def geom_classes(env: TabletopEnv, known: list[str]) -> np.ndarray:
-    """Class of each geometry of the scene, uint8 (G + 1,); the last one is the sky."""
-    classes = {name: FIRST_OBJECT + index if name in known else UNKNOWN for index, name in enumerate(OBJECTS)}
-    classes |= {"bowl": BOWL} | dict.fromkeys(HAND_BODIES, HAND)
-    names = [env.model.body(body).name for body in env.model.geom_bodyid]
-    return np.array([*(classes.get(name, BACKGROUND) for name in names), BACKGROUND], dtype=np.uint8)
-
-
-def class_poses(env: TabletopEnv) -> np.ndarray:
-    """float32 (C, 6), as [`Frames`] has them."""
-    poses = np.full((NUM_CLASSES, 6), np.nan, dtype=np.float32)
-    poses[BOWL] = [*env.data.body("bowl").xpos, 0.0, 0.0, 0.0]
-    site = env.data.site("grasp")
-    poses[HAND] = [*site.xpos, *_turn(site.xmat, 1), env.data.qpos[7]]
-    for item in env.objects:
-        body = env.data.body(item.name)
-        turn = _turn(body.xmat, SYMMETRY[item.shape]) if item.shape in SYMMETRY else (0.0, 0.0)
-        poses[FIRST_OBJECT + OBJECTS.index(item.name)] = [*body.xpos, *turn, 0.0]
-    return poses
-
-
-def _turn(matrix: np.ndarray, symmetry: int) -> tuple[float, float]:
-    angle = symmetry * math.atan2(matrix.reshape(3, 3)[1, 0], matrix.reshape(3, 3)[0, 0])
-    return math.cos(angle), math.sin(angle)
-
-
-def collect(num_frames: int, image_size: int, known: list[str], seed: int, num_workers: int) -> Frames:
-    """Frames of as many episodes as it takes."""
-    found: list[Frames] = []
-    with ProcessPoolExecutor(num_workers) as pool, tqdm(total=num_frames, desc="frames") as bar:
-        while bar.n < num_frames:
-            seeds = range(seed, seed + 32)
-            seed += len(seeds)
-            for episode in pool.map(collect_episode, seeds, repeat(image_size), repeat(known)):
-                found.append(episode)
-                bar.update(len(episode))
-    return Frames.concatenate(found)[slice(num_frames)]
-
-
-# Learning
-
-
-def patch_targets(frames: Frames, grid: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    What each patch is to tell.
-
-    Args:
-        frames ([`Frames`]): B of them.
-        grid (`int`): Patches along a side.
-
-    Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: Share of each class in the patch, float32 (B, P, C); pose of the largest
-        one that has a pose, float32 (B, P, 6), normalised, NaN where there is none.
-    """
-    count, side = frames.classes.shape[:2]
-    patches = frames.classes.reshape(count, grid, side // grid, grid, side // grid).swapaxes(2, 3)
+def patch_shares(classes: np.ndarray, grid: int) -> torch.Tensor:
+    """Share of each class in each patch, float32 (B, P, C), of pixels' classes (B, S, S)."""
+    count, side = classes.shape[:2]
+    patches = classes.reshape(count, grid, side // grid, grid, side // grid).swapaxes(2, 3)
     patches = torch.from_numpy(patches.reshape(count, grid * grid, -1).astype(np.int64))  # (B, P, pixels)
     counts = torch.zeros(count, grid * grid, NUM_CLASSES + 1).scatter_add_(2, patches, torch.ones(patches.shape))
-    shares = counts[..., :UNKNOWN] / patches.shape[2]
-    shown = shares[..., 1:].max(dim=-1)
-    poses = torch.from_numpy((frames.poses - POSE_CENTER) / POSE_SCALE)
-    chosen = poses[torch.arange(count)[:, None], shown.indices + 1]  # (B, P, 6)
-    chosen[shown.values == 0] = torch.nan
-    return shares, chosen
+    return counts[..., :UNKNOWN] / patches.shape[2]
 
 
-class GroundingTrainer:
+def normalized(poses: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy((poses - POSE_CENTER) / POSE_SCALE)
+
+
+def patch_poses(shares: torch.Tensor, poses: torch.Tensor) -> torch.Tensor:
     """
-    A policy with linear layers that read the labels from its patch tokens and from the end of its prompt. Classes of
-    patches are told by their likeness to the embedding of the words for them, in which the prompt asks.
+    Pose of what a patch shows most of, beside the background.
+
+    Args:
+        shares (`torch.Tensor`): (B, P, C), from [`patch_shares`].
+        poses (`torch.Tensor`): (B, C, 6), normalised.
+
+    Returns:
+        `torch.Tensor`: (B, P, 6), NaN where there is none.
+    """
+    shown = shares[..., 1:].max(dim=-1)
+    chosen = poses[torch.arange(len(poses))[:, None], shown.indices + 1]
+    return chosen.masked_fill((shown.values == 0)[..., None], torch.nan)
+
+
+def distance(read: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Mean error of what is known."""
+    known = ~targets.isnan()
+    return F.smooth_l1_loss(read[known], targets[known], beta=0.1)
+
+
+def millimetres(difference: torch.Tensor) -> torch.Tensor:
+    """Length (...,) of the difference of normalised poses (..., 6) in space."""
+    return 1000 * (difference * torch.from_numpy(POSE_SCALE))[..., :3].norm(dim=-1)
+
+
+class Seeing(nn.Module):
+    """
+    Reads from the patch tokens what they show. Classes are told by their likeness to the embeddings of the words.
 
     Args:
         model ([`PreTrainedModel`]): The policy.
@@ -178,152 +113,461 @@ class GroundingTrainer:
     """
 
     def __init__(self, model: PreTrainedModel, processor: ProcessorMixin):
+        super().__init__()
         self.model, self.processor = model, processor
         self.grid = math.isqrt(model.config.towers[0].num_patches)
-        width = model.config.text_config.hidden_size
         self.word_ids = [processor.tokenizer(name, add_special_tokens=False)["input_ids"] for name in CLASSES]
-        self.class_bias = torch.nn.Parameter(torch.zeros(NUM_CLASSES))
-        self.patch_readout = torch.nn.Linear(width, POSE_SIZE)
-        self.prompt_readout = torch.nn.Linear(width, 2 * POSE_SIZE)
+        self.class_bias = nn.Parameter(torch.zeros(NUM_CLASSES))
+        self.pose_readout = nn.Linear(model.config.text_config.hidden_size, POSE_SIZE)
 
-    def parameters(self) -> list[torch.nn.Parameter]:
-        modules = (self.model, self.patch_readout, self.prompt_readout)
-        return [self.class_bias, *(each for module in modules for each in module.parameters() if each.requires_grad)]
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """All but the language model's layers."""
+        parts = (self.model.vision_backbone, self.model.projector, self.model.get_input_embeddings())
+        found = [each for part in (*parts, self.pose_readout) for each in part.parameters() if each.requires_grad]
+        return [self.class_bias, *found]
 
-    def read(self, frames: Frames, instructions: list[str]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """
-        What the policy has to say.
-
-        Args:
-            frames ([`Frames`]): B of them.
-            instructions (`list[str]`): One for each.
-
-        Returns:
-            `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`: Logits of the patches' classes (B, P, C), their
-            normalised poses (B, P, 6), and those of the object and of the hand at the end of the prompt
-            (B, N, 2, 6), N times.
-        """
-        inputs = self.processor(instruction=instructions, images=list(frames.images), padding=True)
+    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits of the classes (B, P, C) and normalised poses (B, P, 6) of pictures (B, towers * 3, S, S)."""
         with torch.autocast("cpu", torch.bfloat16):
-            output = self.model(**inputs, output_hidden_states=True, output_projector_features=True, logits_to_keep=1)
-            poses = self.patch_readout(output.projector_features).float()
-            prompt = self.prompt_readout(_end_of_prompt(output.hidden_states[-1], inputs["attention_mask"])).float()
+            features = self.model.get_image_features(pixel_values)
+            poses = self.pose_readout(features).float()
         embeddings = self.model.get_input_embeddings().weight
         words = torch.stack([embeddings[ids].sum(dim=0) for ids in self.word_ids])  # (C, H)
-        logits = LIKENESS_SCALE * output.projector_features.float() @ words.T + self.class_bias
-        return logits, poses, prompt.unflatten(-1, (2, POSE_SIZE))
+        return LIKENESS_SCALE * features.float() @ words.T + self.class_bias, poses
 
-    def loss(self, frames: Frames, known: list[str], rng: np.random.Generator) -> torch.Tensor:
-        """Of one batch, in which every known object is asked for."""
-        rows, instructions, targets = ask(frames, known, rng)
-        frames = frames[rows]
-        logits, poses, prompt = self.read(frames, instructions)
-        shares, patch_poses = patch_targets(frames, self.grid)
-        seen = F.cross_entropy(logits.transpose(1, 2), shares.transpose(1, 2)) + _distance(poses, patch_poses)
-        return seen + _distance(prompt, targets[:, None].expand_as(prompt))
+    def pixel_values(self, frames: Frames) -> torch.Tensor:
+        return self.processor.image_processor(list(frames.images), return_tensors="pt")["pixel_values"]
+
+    def loss(self, frames: Frames, forward: Callable | None = None) -> torch.Tensor:
+        """Of some frames, by this module or its compiled `forward`."""
+        logits, poses = (forward or self)(self.pixel_values(frames))
+        shares = patch_shares(frames.classes, self.grid)
+        targets = patch_poses(shares, normalized(frames.poses))
+        seen = F.cross_entropy(logits.transpose(1, 2), shares.transpose(1, 2))
+        return seen + PATCH_POSE_WEIGHT * distance(poses, targets)
 
     @torch.no_grad()
-    def validate(self, frames: Frames, known: list[str]) -> dict[str, float]:
-        """Patches whose class is right, and middle errors of positions in millimetres."""
-        hits, patch_errors, object_errors = [], [], []
-        rng = np.random.default_rng(0)
-        for batch in batches(frames, 32, None):
-            rows, instructions, targets = ask(batch, known, rng)
-            batch = batch[rows]
-            logits, poses, prompt = self.read(batch, instructions)
-            shares, patch_poses = patch_targets(batch, self.grid)
+    def validate(self, frames: Frames) -> dict[str, float]:
+        """Patches whose class is right, and the middle error of objects' places, in millimetres."""
+        hits, errors = [], []
+        for batch in _batches(frames, 32):
+            logits, poses = self(self.pixel_values(batch))
+            shares = patch_shares(batch.classes, self.grid)
+            targets = patch_poses(shares, normalized(batch.poses))
             hits.append((logits.argmax(-1) == shares.argmax(-1)).float())
             # Of patches that show an object, most of all.
-            is_object = shares[..., FIRST_OBJECT:].sum(-1) > 0.3
-            patch_errors.append(_millimetres(poses - patch_poses)[is_object])
-            object_errors.append(_millimetres(prompt[:, -1, 0] - targets[:, 0]))
-        return {
-            "class_accuracy": torch.cat(hits).mean().item(),
-            "patch_mm": torch.cat(patch_errors).median().item(),
-            "named_object_mm": torch.cat(object_errors).median().item(),
+            errors.append(millimetres(poses - targets)[shares[..., FIRST_OBJECT:].sum(-1) > 0.3])
+        return {"class_accuracy": torch.cat(hits).mean().item(), "patch_mm": torch.cat(errors).median().item()}
+
+    @torch.no_grad()
+    def features(self, frames: Frames) -> torch.Tensor:
+        """Patch tokens, bfloat16 (N, P, H)."""
+        with torch.autocast("cpu", torch.bfloat16):
+            return torch.cat(
+                [self.model.get_image_features(self.pixel_values(batch)).bfloat16() for batch in _batches(frames, 32)]
+            )
+
+
+# What words ask for
+
+
+class Prompts:
+    """
+    Every instruction about the known objects, as token ids.
+
+    Args:
+        processor ([`ProcessorMixin`]): Renders the prompt.
+        known (`list[str]`): Names of the objects.
+        image_size (`int`): Side of the pictures.
+    """
+
+    def __init__(self, processor: ProcessorMixin, known: list[str], image_size: int):
+        self.known = [FIRST_OBJECT + OBJECTS.index(name) for name in known]
+        keys = [(kind, name) for kind in range(len(KINDS)) for name in known]
+        texts = {key: [text.format(object=key[1], side=KINDS[key[0]][1]) for text in wordings(key[0])] for key in keys}
+        blank = np.zeros((image_size, image_size, 3), np.uint8)
+        ids = {
+            text: processor(instruction=[text], images=[blank])["input_ids"][0].tolist()
+            for each in texts.values()
+            for text in each
+        }
+        self.start = _common_start(list(ids.values()))
+        self.length = max(len(each) for each in ids.values()) - len(self.start)
+        words = {name: processor.tokenizer(name, add_special_tokens=False)["input_ids"] for name in known}
+        self.ends = {
+            (kind, FIRST_OBJECT + OBJECTS.index(name)): [
+                (ids[text][len(self.start) :], _find(words[name], ids[text]) - len(self.start))
+                for text in texts[kind, name]
+            ]
+            for kind, name in keys
         }
 
 
-def _end_of_prompt(hidden: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-    """The last hidden states of each row (B, T, H), whatever stands behind them: (B, `PROMPT_END`, H)."""
-    padding = attention_mask.flip(1).argmax(dim=1)  # on the right, (B,)
-    last = hidden.shape[1] - 1 - padding
-    index = last[:, None] - torch.arange(PROMPT_END).flip(0)  # (B, N)
-    return hidden[torch.arange(len(hidden))[:, None], index]
+def wordings(kind: int) -> Sequence[str]:
+    return WORDINGS[KINDS[kind][0]]
 
 
-def _distance(read: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    known = ~targets.isnan()
-    return F.smooth_l1_loss(read[known], targets[known], beta=0.1)
+def _common_start(rows: list[list[int]]) -> list[int]:
+    """What all rows begin with."""
+    same = [len(set(column)) == 1 for column in zip(*rows, strict=False)]
+    return rows[0][: same.index(False)]
 
 
-def _millimetres(difference: torch.Tensor) -> torch.Tensor:
-    return 1000 * (difference * torch.from_numpy(POSE_SCALE))[..., :3].norm(dim=-1)
+def _find(part: list[int], row: list[int]) -> int:
+    """Where the last token of `part` stands in `row`."""
+    starts = [start for start in range(len(row)) if row[start : start + len(part)] == part]
+    return starts[-1] + len(part) - 1
 
 
-def ask(frames: Frames, known: list[str], rng: np.random.Generator) -> tuple[np.ndarray, list[str], torch.Tensor]:
+@dataclass
+class Questions:
     """
-    An instruction about every known object in every frame, in the words of any task.
+    Several instructions about each of B pictures, as branches behind what they share: BOS, the P patches and the
+    start of the prompt. Branches are S tokens long: the rest of the prompt, padded on the left, and the action.
+
+    Args:
+        ids (`torch.Tensor`): (B, K, S).
+        allowed (`torch.Tensor`): bool (B, 1, T, T), what attends to what.
+        position_ids (`torch.Tensor`): (B, T).
+        named (`torch.Tensor`): (B, K), where in the branch the name of the object ends.
+        goals (`torch.Tensor`): (B, K), numbers of the goals, as in [`Frames`].
+    """
+
+    ids: torch.Tensor
+    allowed: torch.Tensor
+    position_ids: torch.Tensor
+    named: torch.Tensor
+    goals: torch.Tensor
+
+
+def draw_goals(
+    objects: np.ndarray, followed: int, known: list[int], count: int, rng: np.random.Generator
+) -> list[int]:
+    """
+    Goals of one picture: all objects before one comes up again, and mostly the goal that was followed.
+
+    Args:
+        objects (`np.ndarray`): (O,), classes in the picture.
+        followed (`int`): The goal that was followed.
+        known (`list[int]`): Classes that may be asked for.
+        count (`int`): How many.
+        rng (`np.random.Generator`): Source of the choice.
+    """
+    places = [place for place, number in enumerate(objects) if number in known]
+    kinds = {place: rng.permutation(len(KINDS)) for place in places}
+    goals = [
+        place * len(KINDS) + int(kinds[place][turn]) for turn in range(len(KINDS)) for place in rng.permutation(places)
+    ]
+    if followed in goals and rng.random() < FOLLOWED_SHARE:
+        goals.remove(followed)
+        goals.insert(0, followed)
+    return [goals[turn % len(goals)] for turn in range(count)]
+
+
+class Listening(nn.Module):
+    """
+    Reads from the language model, over patch tokens that do not change, where it looks, which pose it has in mind,
+    and what it would do.
+
+    Args:
+        model ([`PreTrainedModel`]): The policy.
+        processor ([`ProcessorMixin`]): Of the policy, with statistics of one dataset.
+        prompts ([`Prompts`]): What it may be asked.
+        count (`int`): Questions about each picture.
+        bin_smoothing (`float`, defaults to 0.0): Width of the actions' labels, in bins.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        processor: ProcessorMixin,
+        prompts: Prompts,
+        count: int,
+        bin_smoothing: float = 0.0,
+    ):
+        super().__init__()
+        self.model, self.processor, self.prompts = model, processor, prompts
+        self.count, self.bin_smoothing = count, bin_smoothing
+        self.num_patches = model.config.towers[0].num_patches
+        self.num_shared = self.num_patches + len(prompts.start)
+        self.branch = prompts.length + ACTION_DIM - 1  # the last action token has nothing to predict
+        self.pose_readout = nn.Linear(model.config.text_config.hidden_size, 2 * POSE_SIZE)
+        # The first head of each layer but the first, which has yet to put the words of a name together, and the last.
+        self.looking_layers = range(1, max(2, model.config.text_config.num_hidden_layers - 1))
+        # Their attention is read: no fused kernel returns it.
+        model.language_model.set_attn_implementation("eager")
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        return [*self.model.language_model.parameters(), *self.pose_readout.parameters()]
+
+    def ask(self, frames: Frames, rng: np.random.Generator) -> Questions:
+        """Questions about some frames, with the actions that answer them."""
+        goals = [
+            draw_goals(objects, followed, self.prompts.known, self.count, rng)
+            for objects, followed in zip(frames.objects, frames.followed, strict=True)
+        ]
+        size, length = (len(frames), self.count), self.prompts.length
+        ids, named = np.zeros((*size, self.branch), np.int64), np.zeros(size, np.int64)
+        starts = np.zeros(size, np.int64)
+        for row, column in np.ndindex(size):
+            place, kind = divmod(goals[row][column], len(KINDS))
+            options = self.prompts.ends[kind, int(frames.objects[row, place])]
+            end, position = options[rng.integers(len(options))]
+            starts[row, column] = start = length - len(end)
+            ids[row, column, start:length], named[row, column] = end, start + position
+        answers = np.take_along_axis(frames.actions, np.array(goals)[..., None], axis=1)  # (B, K, 7)
+        ids[..., length:] = self.action_tokens(answers)[..., :-1]
+        return Questions(
+            torch.from_numpy(ids), *self._layout(starts), torch.from_numpy(named), torch.from_numpy(np.array(goals))
+        )
+
+    def action_tokens(self, actions: np.ndarray) -> np.ndarray:
+        """Token ids of the environment's actions (..., 7)."""
+        return self.processor.encode_actions(actions.reshape(-1, ACTION_DIM)).reshape(actions.shape)
+
+    def _layout(self, starts: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """What attends to what, and positions, of branches (B, K) that begin at `starts`."""
+        count, shared, total = len(starts), self.num_shared, self.num_shared + self.count * self.branch
+        allowed = torch.ones(total, total, dtype=torch.bool).tril()
+        for first in range(shared, total, self.branch):
+            allowed[first : first + self.branch, shared:first] = False
+        steps = torch.arange(self.branch) - torch.from_numpy(starts)[..., None]  # (B, K, S)
+        is_token = torch.cat([torch.ones(count, shared, dtype=torch.bool), (steps >= 0).flatten(1)], dim=1)  # (B, T)
+        # Padding attends to itself, or its attention would not be a number.
+        allowed = (allowed & is_token[:, None]) | torch.eye(total, dtype=torch.bool)
+        branches = (shared + steps.clamp(min=0)).flatten(1)
+        return allowed[:, None], torch.cat([torch.arange(shared).expand(count, -1), branches], dim=1)
+
+    def forward(
+        self, features: torch.Tensor, ids: torch.Tensor, allowed: torch.Tensor, position_ids: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """
+        Args:
+            features (`torch.Tensor`): Patch tokens (B, P, H).
+            ids, allowed, position_ids (`torch.Tensor`): As in [`Questions`].
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`: Normalised poses of the named object and of the hand at
+            each token of the branches (B, K, S, 2, 6), logits of the bins (B, K, 7, bins) and how much the looking
+            heads attend to the patches (B, heads, K, S, P).
+        """
+        model, config = self.model, self.model.config
+        embed, bins = model.get_input_embeddings(), slice(config.action_token_begin, config.action_token_end)
+        with torch.autocast("cpu", torch.bfloat16):
+            start = embed(torch.tensor(self.prompts.start)).expand(len(features), -1, -1)
+            inputs = torch.cat([start[:, :1], features.to(start.dtype), start[:, 1:], embed(ids.flatten(1))], dim=1)
+            output = model.language_model.get_decoder()(
+                inputs_embeds=inputs,
+                attention_mask=torch.zeros(allowed.shape).masked_fill(~allowed, torch.finfo(torch.bfloat16).min),
+                position_ids=position_ids,
+                use_cache=False,
+                output_attentions=True,
+            )
+            hidden = output.last_hidden_state[:, self.num_shared :].unflatten(1, ids.shape[1:])  # (B, K, S, H)
+            poses = self.pose_readout(hidden).float().unflatten(-1, (2, POSE_SIZE))
+            logits = F.linear(hidden[:, :, self.prompts.length - 1 :], model.get_output_embeddings().weight[bins])
+        looks = [output.attentions[layer][:, 0, self.num_shared :] for layer in self.looking_layers]
+        looks = torch.stack(looks, dim=1)[..., 1 : 1 + self.num_patches].float()  # (B, heads, K * S, P)
+        return poses, logits.float(), looks.unflatten(2, ids.shape[1:])
+
+    def losses(
+        self, frames: Frames, features: torch.Tensor, shares: torch.Tensor, rng: np.random.Generator, forward=None
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """
+        Of some frames.
+
+        Args:
+            frames ([`Frames`]): B of them.
+            features (`torch.Tensor`): Their patch tokens (B, P, H).
+            shares (`torch.Tensor`): From [`patch_shares`], (B, P, C).
+            rng (`np.random.Generator`): Draws the questions.
+            forward (`Callable`, *optional*): Compiled form of this module.
+
+        Returns:
+            `tuple[torch.Tensor, dict[str, torch.Tensor]]`: The loss, and what [`Listening.validate`] looks at.
+        """
+        asked = self.ask(frames, rng)
+        poses, logits, looks = (forward or self)(features, asked.ids, asked.allowed, asked.position_ids)
+        rows = torch.arange(len(frames))[:, None]
+        numbers = torch.from_numpy(frames.objects.astype(np.int64))[rows, asked.goals // len(KINDS)]  # (B, K)
+        hands = torch.full_like(numbers, HAND)
+        targets = normalized(frames.poses)[rows[..., None], torch.stack([numbers, hands], dim=-1)]  # (B, K, 2, 6)
+        is_after = torch.arange(self.branch) >= asked.named[..., None]  # (B, K, S)
+        actions = torch.from_numpy(frames.actions)[rows, asked.goals]  # (B, K, 7)
+        # Tokens of low values have high ids; neighbours are neighbours all the same.
+        bins = torch.from_numpy(self.action_tokens(actions.numpy())) - self.model.config.action_token_begin
+        places = targets[:, :, None].expand_as(poses)
+        hits, is_seen = looked_at(looks, shares, numbers)  # (B, heads, K, S), (B, K)
+        look = -(hits + 1e-3).log().transpose(1, 2).transpose(2, 3)[is_after & is_seen[..., None]].mean()
+        speak = smoothed_cross_entropy(logits, bins, self.bin_smoothing).mean()
+        loss = speak + POSE_WEIGHT * distance(poses[is_after], places[is_after]) + LOOK_WEIGHT * look
+        last = self.prompts.length - 1
+        found = {"poses": poses[:, :, last, 0], "places": targets[:, :, 0], "logits": logits, "actions": actions}
+        return loss, {**found, "speak": speak, "looks": hits[..., last].transpose(1, 2)[is_seen]}
+
+    @torch.no_grad()
+    def validate(self, frames: Frames, features: torch.Tensor) -> dict[str, float]:
+        """
+        Attention of the looking heads on what was named, the error of the place in mind in millimetres, and of the
+        action that is most likely, given the ones before it: of its translation in millimetres, and of its gripper.
+        """
+        rng, begin = np.random.default_rng(0), self.model.config.action_token_begin
+        looks, places, moves, grips, losses = [], [], [], [], []
+        grid = math.isqrt(self.num_patches)
+        for start in range(0, len(frames), 32):
+            batch = frames[slice(start, start + 32)]
+            _, found = self.losses(batch, features[start : start + 32], patch_shares(batch.classes, grid), rng)
+            token_ids = found["logits"].argmax(-1).numpy().reshape(-1, ACTION_DIM) + begin
+            spoken, wanted = self.processor.decode_actions(token_ids), found["actions"].flatten(0, 1).numpy()
+            looks.append(found["looks"].mean())
+            losses.append(found["speak"])
+            places.append(millimetres(found["poses"] - found["places"]).flatten())
+            moves.append(1000 * np.abs(spoken - wanted)[..., :3].mean())
+            grips.append(((spoken > 0.5) == (wanted > 0.5))[..., -1].mean())
+        return {
+            "looks": float(np.mean(looks)),
+            "named_object_mm": torch.cat(places).median().item(),
+            "action_loss": float(np.mean(losses)),
+            "move_mm": float(np.mean(moves)),
+            "gripper": float(np.mean(grips)),
+        }
+
+
+def looked_at(looks: torch.Tensor, shares: torch.Tensor, numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    How much attention goes to the patches of an object; those that show most of it count in full.
+
+    Args:
+        looks (`torch.Tensor`): (B, heads, K, S, P).
+        shares (`torch.Tensor`): (B, P, C).
+        numbers (`torch.Tensor`): (B, K), classes.
 
     Returns:
-        `tuple[np.ndarray, list[str], torch.Tensor]`: Of each instruction the frame (N,), the text, and the normalised
-        poses of object and hand (N, 2, 6).
+        `tuple[torch.Tensor, torch.Tensor]`: (B, heads, K, S), and bool (B, K), whether the object can be seen.
     """
-    numbers = [FIRST_OBJECT + OBJECTS.index(name) for name in known]
-    asked = [
-        (row, number) for row, poses in enumerate(frames.poses) for number in numbers if not np.isnan(poses[number, 0])
-    ]
-    texts = [str(rng.choice(WORDINGS[str(rng.choice(TASKS))])) for _ in asked]
-    instructions = [
-        text.format(object=CLASSES[number], side=str(rng.choice(list(SIDES))))
-        for text, (_, number) in zip(texts, asked, strict=True)
-    ]
-    targets = np.stack([frames.poses[row, [number, HAND]] for row, number in asked])
-    return np.array([row for row, _ in asked]), instructions, torch.from_numpy((targets - POSE_CENTER) / POSE_SCALE)
+    index = numbers[..., None].expand(-1, -1, shares.shape[1])
+    parts = shares.transpose(1, 2).gather(1, index)  # (B, K, P)
+    most = parts.amax(dim=-1, keepdim=True)
+    weights = parts / most.clamp(min=1e-6)
+    return torch.einsum("bhksp,bkp->bhks", looks, weights), parts.sum(dim=-1) > LEAST_SHARE
 
 
-def batches(frames: Frames, size: int, rng: np.random.Generator | None) -> Iterator[Frames]:
-    """All frames, in order or shuffled."""
-    order = np.arange(len(frames)) if rng is None else rng.permutation(len(frames))
-    for start in range(0, len(order), size):
-        yield frames[order[start : start + size]]
+# Learning
 
 
-def pretrain(
-    trainer: GroundingTrainer, frames: Frames, held_out: Frames, known: list[str], arguments: argparse.Namespace
+def train(
+    loss: Callable[[np.ndarray], torch.Tensor],
+    parameters: list[nn.Parameter],
+    validate: Callable[[], dict[str, float]],
+    num_frames: int,
+    *,
+    epochs: int,
+    batch_size: int,
+    learning_rate: float,
+    rng: np.random.Generator,
+    name: str,
 ) -> None:
-    rng = np.random.default_rng(arguments.seed)
-    optimizer = torch.optim.AdamW(trainer.parameters(), arguments.learning_rate, weight_decay=0.01, fused=True)
-    steps = arguments.epochs * -(-len(frames) // arguments.batch_size)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, arguments.learning_rate, total_steps=steps, pct_start=0.1
+    """
+    AdamW over shuffled frames, with a rate that rises for `WARMUP_STEPS` and falls to zero from the middle on.
+
+    Args:
+        loss (`Callable`): Of the frames with these numbers.
+        parameters (`list[nn.Parameter]`): What is trained.
+        validate (`Callable`): Figures to print after each epoch.
+        num_frames (`int`): How many there are.
+        epochs, batch_size, learning_rate: As they are called.
+        rng (`np.random.Generator`): Of the order.
+        name (`str`): For the progress bar.
+    """
+    optimizer = torch.optim.AdamW(parameters, learning_rate, weight_decay=0.01, fused=True)
+    per_epoch = max(num_frames // batch_size, 1)
+    total = max(epochs * per_epoch, 1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1.0, (step + 1) / WARMUP_STEPS, 2 * (1 - step / total))
     )
-    bar = tqdm(total=steps, desc="training")
-    for epoch in range(arguments.epochs):
-        for batch in batches(frames, arguments.batch_size, rng):
-            loss = trainer.loss(batch, known, rng)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(trainer.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-            bar.update()
-            bar.set_postfix(loss=f"{loss.item():.3f}")
-        found = trainer.validate(held_out, known)
-        tqdm.write(f"epoch {epoch + 1}: " + ", ".join(f"{name} {value:.4g}" for name, value in found.items()))
+    with tqdm(total=total, desc=name) as bar:
+        for epoch in range(epochs):
+            order = rng.permutation(num_frames)
+            for step in range(per_epoch):
+                value = loss(order[step * batch_size : (step + 1) * batch_size])
+                value.backward()
+                torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
+                bar.update()
+                bar.set_postfix(loss=f"{value.item():.3f}")
+            figures = ", ".join(f"{key} {value:.4g}" for key, value in validate().items())
+            tqdm.write(f"{name}, epoch {epoch + 1}: {figures}")
+
+
+def _batches(frames: Frames, size: int) -> list[Frames]:
+    return [frames[slice(start, start + size)] for start in range(0, len(frames), size)]
+
+
+def see(seeing: Seeing, frames: Frames, held_out: Frames, arguments: argparse.Namespace) -> None:
+    """Train towers, projector and words."""
+    forward = torch.compile(seeing) if arguments.torch_compile else seeing
+    seeing.train()
+    with sdpa_kernel(SDPBackend.MATH):  # the fused kernel's way back is slow on a CPU
+        train(
+            lambda numbers: seeing.loss(frames[numbers], forward),
+            seeing.trained_parameters(),
+            lambda: seeing.validate(held_out),
+            len(frames),
+            epochs=arguments.see_epochs,
+            batch_size=arguments.see_batch_size,
+            learning_rate=arguments.learning_rate,
+            rng=np.random.default_rng(arguments.seed),
+            name="see",
+        )
+    seeing.eval()
+
+
+def listen(
+    listening: Listening, seeing: Seeing, frames: Frames, held_out: Frames, arguments: argparse.Namespace
+) -> None:
+    """Train the language model over what the towers see."""
+    features, held_out_features = seeing.features(frames), seeing.features(held_out)
+    forward = torch.compile(listening) if arguments.torch_compile else listening
+    rng = np.random.default_rng(arguments.seed)
+
+    def loss(numbers: np.ndarray) -> torch.Tensor:
+        batch = frames[numbers]
+        shares = patch_shares(batch.classes, seeing.grid)
+        return listening.losses(batch, features[torch.from_numpy(numbers)], shares, rng, forward)[0]
+
+    listening.train()
+    train(
+        loss,
+        listening.trained_parameters(),
+        lambda: listening.validate(held_out, held_out_features),
+        len(frames),
+        epochs=arguments.listen_epochs,
+        batch_size=arguments.listen_batch_size,
+        learning_rate=arguments.learning_rate,
+        rng=rng,
+        name="listen",
+    )
+    listening.eval()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--policy", required=True, help="directory of a policy, as tools/init_policy.py writes it")
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--frames", type=int, default=40_000)
-    parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--batch_size", type=int, default=12, help="frames, each with some three instructions")
+    parser.add_argument("--frames", type=int, default=64_000)
+    parser.add_argument("--see_epochs", type=int, default=2)
+    parser.add_argument("--see_batch_size", type=int, default=32, help="frames")
+    parser.add_argument("--listen_epochs", type=int, default=2)
+    parser.add_argument("--listen_batch_size", type=int, default=12, help="frames")
+    parser.add_argument("--questions", type=int, default=4, help="about each frame")
+    parser.add_argument("--bin_smoothing", type=float, default=8.0, help="width of the actions' labels, in bins")
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--hold_out", nargs="+", default=[], help="as `python -m tabletop.record` takes it")
     parser.add_argument("--num_workers", type=int, default=2, help="processes that run the simulator")
+    parser.add_argument("--torch_compile", action="store_true", help="faster after a minute; needs a C++ compiler")
     arguments = parser.parse_args()
     known = Recording(episodes=1, hold_out=tuple(arguments.hold_out)).targets()
     set_seed(arguments.seed)
@@ -332,7 +576,11 @@ def main() -> None:
     first_seed = arguments.seed * 1_000_000
     held_out = collect(1000, side, known, first_seed + 900_000, arguments.num_workers)
     frames = collect(arguments.frames, side, known, first_seed, arguments.num_workers)
-    pretrain(GroundingTrainer(model, processor), frames, held_out, known, arguments)
+    seeing = Seeing(model, processor)
+    see(seeing, frames, held_out, arguments)
+    prompts = Prompts(processor, known, side)
+    listening = Listening(model, processor, prompts, arguments.questions, arguments.bin_smoothing)
+    listen(listening, seeing, frames, held_out, arguments)
     model.to(torch.bfloat16).save_pretrained(arguments.output_dir)
     processor.save_pretrained(arguments.output_dir)
 
