@@ -87,6 +87,7 @@ class FastTokenizer:
             )
         alphabet = [chr(point) for point in range(2 * reach + 1)]
         bpe = Tokenizer(models.BPE())
+        bpe.decoder = decoders.Fuse()  # or other readers would put spaces between the tokens
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size, min_frequency=2, initial_alphabet=alphabet, special_tokens=[], show_progress=False
         )
