@@ -525,8 +525,21 @@ class OpenVLAConfig(PretrainedConfig):
             )
         if self.action_token_begin <= self.image_token_id < self.action_token_end:
             raise ValueError(f"`image_token_id` {self.image_token_id} is an action token.")
+        if self.head_type == "fast":
+            self._check_special_tokens()
         if self.norm_type not in ("bounds_q99", "bounds", "normal"):
             raise ValueError(f"`norm_type` must be 'bounds_q99', 'bounds' or 'normal', got {self.norm_type!r}.")
+
+    def _check_special_tokens(self) -> None:
+        """A FAST vocabulary is of any size, and may reach down to tokens that have another meaning."""
+        special = {"closing_token_id": self.closing_token_id, "pad_token_id": self.pad_token_id}
+        special |= {"eos_token_id": self.stop_token_id, "bos_token_id": self.text_config.bos_token_id}
+        tokens = range(self.action_token_begin, self.action_token_end)
+        if taken := {name: token_id for name, token_id in special.items() if token_id in tokens}:
+            raise ValueError(
+                f"The {self.fast_vocab_size} FAST tokens {tokens.start}..{tokens.stop - 1} would take the place of "
+                f"{taken}: fit a tokenizer with fewer tokens (`vocab_size`)."
+            )
 
     def _check_head(self) -> None:
         """Refuse combinations that have no meaning."""
@@ -585,14 +598,6 @@ class OpenVLAConfig(PretrainedConfig):
         if not isinstance(self.stop_token_id, int):
             raise ValueError(
                 f"`head_type='fast'` needs one `eos_token_id` in `text_config`, got {self.stop_token_id!r}."
-            )
-        special = {"closing_token_id": self.closing_token_id, "pad_token_id": self.pad_token_id}
-        special |= {"eos_token_id": self.stop_token_id, "bos_token_id": self.text_config.bos_token_id}
-        tokens = range(self.action_token_begin, self.action_token_end)
-        if taken := {name: token_id for name, token_id in special.items() if token_id in tokens}:
-            raise ValueError(
-                f"The {self.fast_vocab_size} FAST tokens {tokens.start}..{tokens.stop - 1} would take the place of "
-                f"{taken}: fit a tokenizer with fewer tokens (`vocab_size`)."
             )
 
     def _check_causal(self) -> None:

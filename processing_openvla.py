@@ -35,7 +35,7 @@ from .configuration_openvla import (
     copy_remote_code,
     load_statistics,
 )
-from .fast_tokenizer_openvla import FastTokenizer, MalformedActionError, ids_to_tokens, tokens_to_ids
+from .fast_tokenizer_openvla import FastTokenizer, ids_to_tokens, tokens_to_ids
 
 
 logger = logging.get_logger(__name__)
@@ -836,9 +836,10 @@ class OpenVLAProcessor(ProcessorMixin):
         if fallback is not None and np.shape(fallback) != shape:
             raise ValueError(f"`fallback` must be of shape {shape}, got {np.shape(fallback)}.")
         tokens = ids_to_tokens(token_ids, self.action_token_end, self.tokenizer.eos_token_id)
+        tokenizer = self._require_fast_tokenizer()
         try:
-            normalized = self._require_fast_tokenizer().decode([tokens], *shape)[0]
-        except MalformedActionError as error:
+            normalized = tokenizer.decode([tokens], *shape)[0]
+        except ValueError as error:  # a MalformedActionError, perhaps of another copy of this code
             if fallback is None:
                 raise
             logger.warning(f"The fallback takes the place of a chunk: {error}")
