@@ -631,7 +631,7 @@ class OpenVLAProcessor(ProcessorMixin):
         Returns:
             [`FastTokenizer`]: For `model.fast_tokenizer`, and its `config_fields` for the model's configuration.
         """
-        normalized = self._normalize_actions(actions, unnorm_key)  # (N, K, D)
+        normalized = self.normalize_actions(actions, unnorm_key)  # (N, K, D)
         self._check_chunk_size(normalized)
         self.fast_tokenizer = FastTokenizer.fit(normalized, scale, vocab_size)
         return self.fast_tokenizer
@@ -800,7 +800,7 @@ class OpenVLAProcessor(ProcessorMixin):
         Returns:
             `np.ndarray`: int64 of the same shape. FAST tokens: a list of ids for each chunk.
         """
-        normalized = self._normalize_actions(actions, unnorm_key)
+        normalized = self.normalize_actions(actions, unnorm_key)
         if self.head_type != "fast":
             return self.codec.encode(normalized).reshape(np.shape(actions))
         rows = self._encode_normalized(normalized)
@@ -853,8 +853,22 @@ class OpenVLAProcessor(ProcessorMixin):
             )
         return self.fast_tokenizer
 
-    def _normalize_actions(self, actions: np.ndarray | Sequence, unnorm_key: str | Sequence[str] | None) -> np.ndarray:
-        """float64 (B, K, D) of one action or chunk, or a batch of them."""
+    def normalize_actions(
+        self, actions: np.ndarray | Sequence, unnorm_key: str | Sequence[str] | None = None
+    ) -> np.ndarray:
+        """
+        Actions as the model learns them.
+
+        Args:
+            actions: (D,) or (B, D), with chunks (K, D) or (B, K, D), in the units of the dataset.
+            unnorm_key (`str` or `list[str]`, *optional*): Dataset, or one per row.
+
+        Returns:
+            `np.ndarray`: float64 (B, K, D).
+
+        Raises:
+            ValueError: If the actions are of another shape, or there are no statistics of the dataset.
+        """
         actions = np.asarray(actions, dtype=np.float64)
         if self.chunk_size == 1 and actions.ndim in (1, 2):
             chunks = np.atleast_2d(actions)[:, None]  # (B, 1, D)
@@ -894,7 +908,7 @@ class OpenVLAProcessor(ProcessorMixin):
         targets = [[] for _ in rows]
         numbers = {}
         if actions is not None:
-            normalized = self._normalize_actions(actions, unnorm_key)  # (B, K, D)
+            normalized = self.normalize_actions(actions, unnorm_key)  # (B, K, D)
             if len(normalized) != len(rows):
                 raise ValueError(f"{len(rows)} instructions and {len(normalized)} actions were given.")
             self._check_chunk_size(normalized)

@@ -14,6 +14,8 @@ from load_policy import load_policy, repository_class
 from test_action_heads import KEY, make_config, make_policy, noise_image
 from test_fast_tokenizer import published_bpe  # noqa: F401  (a fixture)
 
+from evaluation.policies import ModelPolicy
+
 
 FastTokenizer = repository_class("FastTokenizer")
 CHUNK, DIM, END, STOP = 4, 7, 1024, 2
@@ -124,7 +126,7 @@ class TestLabels:
             assert labels.tolist() == [-100] * len(prompt) + target
             assert min(rows[row]) >= END - fitted.vocab_size
             # Token t is id END - 1 - t.
-            normalized = processor._normalize_actions(actions[row], KEY)
+            normalized = processor.normalize_actions(actions[row], KEY)
             assert [END - 1 - token_id for token_id in rows[row]] == fitted.encode(normalized)[0]
         assert "actions" not in inputs
 
@@ -291,6 +293,13 @@ class TestPrediction:
             torch.testing.assert_close(output.probabilities[row][is_spoken[row]], expected, atol=1e-5, rtol=1e-3)
             entropy = torch.special.entr(expected).sum(dim=-1)
             torch.testing.assert_close(output.entropy[row][is_spoken[row]], entropy, atol=1e-4, rtol=1e-3)
+
+    def test_judged_by_bins_as_any_policy(self, policy):
+        model, processor = policy
+        actions = chunks(1, 8)[0]
+        _, of_bins = make_policy(chunk_size=CHUNK)
+        expected = np.minimum(END - of_bins.encode_actions(actions), 255)
+        np.testing.assert_array_equal(ModelPolicy(model, processor).bins(actions), expected)
 
     def test_broken_weights(self, fitted):
         model, processor = speaking(fitted)
