@@ -7,7 +7,7 @@ lost on the way there and back.
 Records episodes, fits a tokenizer on chunks of some, and measures on chunks of the others: the expert's clean action,
 and the one that was done, with noise. Actions are clipped to the 1% and 99% quantiles first, as the normalisation
 does, so that the errors are the tokens' alone; they are in units of the normalised range [-1, 1], of the dimensions
-that move. Those that do not (rotations here) still cost a bin's token each. The gripper is a decision, and counts as
+that move. Those that do not (two rotations) still cost a bin's token each. The gripper is a decision, and counts as
 lost where it comes back on the other side of one half.
 """
 
