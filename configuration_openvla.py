@@ -18,6 +18,7 @@ from transformers.utils.hub import try_to_load_from_cache
 logger = logging.get_logger(__name__)
 
 STATISTICS_NAME = "dataset_statistics.json"
+HUB_LOAD_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 HUB_PUSH_ARGUMENTS = (
     "repo_id",
     "commit_message",
@@ -271,8 +272,9 @@ class OpenVLAConfig(PretrainedConfig):
         closing_token_id (`int`, `None` or `"auto"`, defaults to `"auto"`): Token that ends the prompt, in front of the
             actions; `None`: no such token; `"auto"`: the "▁" piece of the language model's tokenizer.
         image_token_id (`int`, *optional*): Placeholder of an image patch. Default: the last, padding row.
-        head_type (`str`, defaults to `"tokens"`): What speaks the actions: `tokens` (the language model), or a head on
-            its hidden states: `l1` (regression), `diffusion` or `flow` (flow matching).
+        head_type (`str`, defaults to `"tokens"`): What speaks the actions: the language model in `tokens`, one per
+            number, or in `fast` ones, one for many (FAST); or a head on its hidden states: `l1` (regression),
+            `diffusion` or `flow` (flow matching).
         attention_mode (`str`, defaults to `"causal"`): `causal`: action tokens one by one. `bidirectional`: every
             token sees every other, and all actions come out of one pass (OpenVLA-OFT).
         chunk_size (`int`, defaults to 1): Actions per prediction, one after the other in time.
@@ -284,6 +286,9 @@ class OpenVLAConfig(PretrainedConfig):
         use_film (`bool`, defaults to `False`): Whether the instruction modulates every block of the vision towers.
         append_stop_token (`bool`, defaults to `True`): Whether the end-of-sequence token follows the actions that are
             predicted in one pass.
+        fast_scale (`float`), fast_min_token (`int`), fast_vocab_size (`int`, all *optional*): With `head_type="fast"`,
+            the [`FastTokenizer`] that lies beside the configuration as `fast_tokenizer.json`: its factor and offset of
+            the coefficients, and its number of tokens, which are the last ones before `action_token_end`.
         diffusion_steps (`int`, defaults to 50): Noise levels that a `diffusion` head was trained with.
         num_inference_steps (`int`, *optional*): Passes per prediction of the `diffusion` and `flow` heads. Default:
             `diffusion_steps`, and 10.
@@ -319,6 +324,9 @@ class OpenVLAConfig(PretrainedConfig):
         num_images: int = 1,
         use_film: bool = False,
         append_stop_token: bool = True,
+        fast_scale: float | None = None,
+        fast_min_token: int | None = None,
+        fast_vocab_size: int | None = None,
         diffusion_steps: int = 50,
         num_inference_steps: int | None = None,
         pad_token_id: int | None = 32000,
@@ -349,6 +357,9 @@ class OpenVLAConfig(PretrainedConfig):
         self.num_images = num_images
         self.use_film = use_film
         self.append_stop_token = append_stop_token
+        self.fast_scale = fast_scale
+        self.fast_min_token = fast_min_token
+        self.fast_vocab_size = fast_vocab_size
         self.diffusion_steps = diffusion_steps
         self.num_inference_steps = num_inference_steps
         self.pad_to_multiple_of = pad_to_multiple_of
@@ -365,8 +376,8 @@ class OpenVLAConfig(PretrainedConfig):
         self.tie_word_embeddings = tie_word_embeddings
         # A map that names other code (the published one) is not followed.
         self.auto_map = auto_map if "configuration_openvla" in auto_map.get("AutoConfig", "") else dict(AUTO_MAP)
-        self._check_tokens()
         self._check_head()
+        self._check_tokens()
 
     @property
     def towers(self) -> list[TowerConfig]:
@@ -401,9 +412,14 @@ class OpenVLAConfig(PretrainedConfig):
         return self.head_type in ("diffusion", "flow")
 
     @property
+    def num_action_tokens(self) -> int:
+        """Tokens of the language model that speak of actions: bins, or FAST tokens."""
+        return self.fast_vocab_size if self.head_type == "fast" else self.n_action_bins
+
+    @property
     def action_token_begin(self) -> int:
         """The first action token."""
-        return self.action_token_end - self.n_action_bins
+        return self.action_token_end - self.num_action_tokens
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs):
@@ -411,8 +427,7 @@ class OpenVLAConfig(PretrainedConfig):
         As [`PretrainedConfig.from_pretrained`]. A `dataset_statistics.json` beside the configuration replaces
         `norm_stats` whole: fine-tuned checkpoints carry the base model's statistics in their config.json.
         """
-        hub_names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
-        hub_kwargs = {name: kwargs[name] for name in hub_names if kwargs.get(name) is not None}
+        hub_kwargs = {name: kwargs[name] for name in HUB_LOAD_ARGUMENTS if kwargs.get(name) is not None}
         result = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         config = result[0] if isinstance(result, tuple) else result
         statistics = load_statistics(pretrained_model_name_or_path, **hub_kwargs)
@@ -498,9 +513,9 @@ class OpenVLAConfig(PretrainedConfig):
 
     def _check_tokens(self) -> None:
         vocab_size = self.text_config.vocab_size
-        if not 0 < self.n_action_bins <= self.action_token_end <= vocab_size:
+        if not 0 < self.num_action_tokens <= self.action_token_end <= vocab_size:
             raise ValueError(
-                f"The {self.n_action_bins} action tokens before id {self.action_token_end} do not fit into a "
+                f"The {self.num_action_tokens} action tokens before id {self.action_token_end} do not fit into a "
                 f"vocabulary of {vocab_size}."
             )
         if not 0 <= self.image_token_id < vocab_size or self.image_token_id == self.pad_token_id:
@@ -510,18 +525,33 @@ class OpenVLAConfig(PretrainedConfig):
             )
         if self.action_token_begin <= self.image_token_id < self.action_token_end:
             raise ValueError(f"`image_token_id` {self.image_token_id} is an action token.")
+        if self.head_type == "fast":
+            self._check_special_tokens()
         if self.norm_type not in ("bounds_q99", "bounds", "normal"):
             raise ValueError(f"`norm_type` must be 'bounds_q99', 'bounds' or 'normal', got {self.norm_type!r}.")
 
+    def _check_special_tokens(self) -> None:
+        """A FAST vocabulary is of any size, and may reach down to tokens that have another meaning."""
+        special = {"closing_token_id": self.closing_token_id, "pad_token_id": self.pad_token_id}
+        special |= {"eos_token_id": self.stop_token_id, "bos_token_id": self.text_config.bos_token_id}
+        tokens = range(self.action_token_begin, self.action_token_end)
+        if taken := {name: token_id for name, token_id in special.items() if token_id in tokens}:
+            raise ValueError(
+                f"The {self.fast_vocab_size} FAST tokens {tokens.start}..{tokens.stop - 1} would take the place of "
+                f"{taken}: fit a tokenizer with fewer tokens (`vocab_size`)."
+            )
+
     def _check_head(self) -> None:
         """Refuse combinations that have no meaning."""
-        if self.head_type == "fast":
-            raise ValueError("`head_type='fast'` is not there yet; use 'tokens', 'l1', 'diffusion' or 'flow'.")
-        if self.head_type not in ("tokens", *_CONTINUOUS_HEADS):
-            raise ValueError(f"`head_type` must be 'tokens' or one of {_CONTINUOUS_HEADS}, got {self.head_type!r}.")
+        if self.head_type not in ("tokens", "fast", *_CONTINUOUS_HEADS):
+            raise ValueError(
+                f"`head_type` must be 'tokens', 'fast' or one of {_CONTINUOUS_HEADS}, got {self.head_type!r}."
+            )
         if self.attention_mode not in ("causal", "bidirectional"):
             raise ValueError(f"`attention_mode` must be 'causal' or 'bidirectional', got {self.attention_mode!r}.")
         self._check_counts()
+        if self.head_type == "fast":
+            self._check_fast()
         if self.is_continuous and self.action_dim is None:
             raise ValueError(f"`head_type={self.head_type!r}` needs `action_dim`.")
         if self.attention_mode == "causal":
@@ -548,11 +578,27 @@ class OpenVLAConfig(PretrainedConfig):
             )
 
     def _check_counts(self) -> None:
-        required, optional = ("chunk_size", "num_images", "diffusion_steps"), ("action_dim", "proprio_dim")
-        for name in (*required, *optional, "num_inference_steps"):
+        required = ("chunk_size", "num_images", "diffusion_steps")
+        for name in (*required, "action_dim", "proprio_dim", "num_inference_steps", "fast_vocab_size"):
             value = getattr(self, name)
             if (value is not None or name in required) and (type(value) is not int or value < 1):
                 raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
+
+    def _check_fast(self) -> None:
+        """What chunks spoken in FAST tokens need."""
+        if self.chunk_size == 1:
+            raise ValueError("`head_type='fast'` shortens chunks along time, and `chunk_size` is 1: use 'tokens'.")
+        if self.attention_mode != "causal":
+            raise ValueError("`head_type='fast'` decodes token after token: set `attention_mode='causal'`.")
+        if self.norm_type == "normal":
+            raise ValueError("`head_type='fast'` needs actions in [-1, 1]: `norm_type` 'bounds_q99' or 'bounds'.")
+        needed = ("action_dim", "fast_scale", "fast_min_token", "fast_vocab_size")
+        if missing := [name for name in needed if getattr(self, name) is None]:
+            raise ValueError(f"`head_type='fast'` needs {missing}; `FastTokenizer.config_fields` has its own.")
+        if not isinstance(self.stop_token_id, int):
+            raise ValueError(
+                f"`head_type='fast'` needs one `eos_token_id` in `text_config`, got {self.stop_token_id!r}."
+            )
 
     def _check_causal(self) -> None:
         """What only one pass over all actions can do."""

@@ -4,6 +4,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import DynamicCache, LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
@@ -40,12 +41,13 @@ class SamplingParams:
             raise ValueError("`temperature`, `top_k` and `top_p` need `do_sample=True`.")
         self.warpers = warpers
 
-    def select(self, logits: torch.Tensor) -> torch.Tensor:
-        """Index of the chosen token for each row of `logits` (B, V), (B,)."""
+    def select(self, logits: torch.Tensor, allowed: torch.Tensor | None = None) -> torch.Tensor:
+        """Index of the chosen token for each row of `logits` (B, V), (B,), among the `allowed` ones (B, V)."""
+        scores = logits if allowed is None else logits.masked_fill(~allowed, -torch.inf)
         if not self.do_sample:
-            return logits.argmax(dim=-1)
+            return scores.argmax(dim=-1)
         check_finite(logits)
-        probabilities = self.warpers(None, logits.float()).softmax(dim=-1)
+        probabilities = self.warpers(None, scores.float()).softmax(dim=-1)
         return torch.multinomial(probabilities, num_samples=1, generator=self.generator).squeeze(-1)
 
 
@@ -60,7 +62,8 @@ def check_finite(values: torch.Tensor, name: str = "logits") -> None:
 
 def action_logits_function(head: nn.Module, config: OpenVLAConfig) -> Callable[[torch.Tensor], torch.Tensor]:
     """
-    Function from hidden states (B, H) to the logits of the action tokens (B, n_action_bins), in the order of the ids.
+    Function from hidden states (B, H) to the logits of the action tokens (B, num_action_tokens), in the order of the
+    ids.
 
     Only a plain linear layer that holds its weight can be restricted to the rows of the action tokens; a wrapped,
     quantised or offloaded one computes all rows.
@@ -70,6 +73,49 @@ def action_logits_function(head: nn.Module, config: OpenVLAConfig) -> Callable[[
         return lambda hidden: head(hidden)[:, rows]
     bias = None if head.bias is None else head.bias[rows]
     return lambda hidden: nn.functional.linear(hidden, head.weight[rows], bias)
+
+
+class TokenDecoder:
+    """
+    A language model that reads token after token, with a key-value cache.
+
+    Args:
+        language_model (`nn.Module`): A causal language model.
+        config (`OpenVLAConfig`): Names the action tokens.
+        inputs_embeds (`torch.Tensor`): The prompt, left-padded, (B, T, H).
+        attention_mask (`torch.Tensor`): (B, T), zero at the padding.
+    """
+
+    def __init__(
+        self,
+        language_model: nn.Module,
+        config: OpenVLAConfig,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor,
+    ):
+        self.decoder, self.embed = language_model.get_decoder(), language_model.get_input_embeddings()
+        self.to_action_logits = action_logits_function(language_model.get_output_embeddings(), config)
+        self.cache = DynamicCache(config=language_model.config)
+        self.inputs_embeds, self.attention_mask = inputs_embeds, attention_mask
+        self.position_ids = positions_of(attention_mask)  # (B, T)
+
+    def next_logits(self) -> torch.Tensor:
+        """Logits of the action tokens behind what has been read, in the order of the ids, (B, num_action_tokens)."""
+        output = self.decoder(
+            inputs_embeds=self.inputs_embeds,
+            attention_mask=self.attention_mask,
+            position_ids=self.position_ids,
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        return self.to_action_logits(output.last_hidden_state[:, -1])
+
+    def append(self, token_ids: torch.Tensor) -> None:
+        """Take one more token (B,) to be read."""
+        self.inputs_embeds = self.embed(token_ids[:, None])  # (B, 1, H)
+        ones = self.attention_mask.new_ones(len(self.attention_mask), 1)
+        self.attention_mask = torch.cat([self.attention_mask, ones], dim=1)
+        self.position_ids = self.position_ids[:, -1:] + 1  # (B, 1)
 
 
 def decode_action_tokens(
@@ -98,28 +144,60 @@ def decode_action_tokens(
     Raises:
         FloatingPointError: If logits are not finite.
     """
-    decoder, embed = language_model.get_decoder(), language_model.get_input_embeddings()
-    to_action_logits = action_logits_function(language_model.get_output_embeddings(), config)
-    cache = DynamicCache(config=language_model.config)
-    position_ids = positions_of(attention_mask)  # (B, T)
+    decoder = TokenDecoder(language_model, config, inputs_embeds, attention_mask)
     token_ids, logits = [], []
     for step in range(num_tokens):
-        output = decoder(
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=cache,
-            use_cache=True,
-        )
-        logits.append(to_action_logits(output.last_hidden_state[:, -1]))  # (B, n_action_bins)
+        if step:
+            decoder.append(token_ids[-1])
+        logits.append(decoder.next_logits())  # (B, n_action_bins)
         token_ids.append(sampling.select(logits[-1]) + config.action_token_begin)  # (B,)
-        if step + 1 < num_tokens:
-            inputs_embeds = embed(token_ids[-1][:, None])  # (B, 1, H)
-            attention_mask = torch.cat([attention_mask, attention_mask.new_ones(len(attention_mask), 1)], dim=1)
-            position_ids = position_ids[:, -1:] + 1  # (B, 1)
     logits = torch.stack(logits, dim=1)
     check_finite(logits)
     return torch.stack(token_ids, dim=1), logits
+
+
+def decode_fast_tokens(
+    language_model: nn.Module,
+    config: OpenVLAConfig,
+    inputs_embeds: torch.Tensor,
+    attention_mask: torch.Tensor,
+    grammar: tuple[np.ndarray, np.ndarray],
+    num_symbols: int,
+    sampling: SamplingParams,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Decode FAST tokens one by one until each row spells a whole chunk, restricted to tokens that can still lead to one.
+
+    Args:
+        language_model, config, inputs_embeds, attention_mask, sampling: As in [`decode_action_tokens`].
+        grammar (`tuple`): [`FastTokenizer.grammar`].
+        num_symbols (`int`): Coefficients of a chunk, K * D.
+
+    Returns:
+        `tuple`: Token ids (B, S), S the most tokens of a row, with the stop token behind the shorter ones; and the
+        logits of all FAST tokens, in the order of the ids, (B, S, fast_vocab_size).
+
+    Raises:
+        FloatingPointError: If logits are not finite.
+    """
+    decoder = TokenDecoder(language_model, config, inputs_embeds, attention_mask)
+    token_ids, logits = [], [decoder.next_logits()]
+    costs, next_states = (torch.from_numpy(table).to(logits[0].device) for table in grammar)  # (S, V)
+    missing = torch.full((len(inputs_embeds),), num_symbols, device=logits[0].device)  # (B,)
+    states = torch.zeros_like(missing)
+    while True:
+        check_finite(logits[-1])
+        # A character that is begun needs one symbol more.
+        fits = costs[states] + (next_states[states] > 0) <= missing[:, None]  # (B, V)
+        has_ended = missing == 0
+        tokens = sampling.select(logits[-1].flip(-1), fits | has_ended[:, None])  # (B,), 0 has the last id
+        token_ids.append((config.action_token_end - 1 - tokens).where(~has_ended, config.stop_token_id))
+        missing = missing - costs[states, tokens].where(~has_ended, 0)
+        states = next_states[states, tokens].where(~has_ended, 0)
+        if not missing.any():
+            return torch.stack(token_ids, dim=1), torch.stack(logits, dim=1)
+        decoder.append(token_ids[-1])
+        logits.append(decoder.next_logits())
 
 
 def left_pad(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

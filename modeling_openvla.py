@@ -26,6 +26,7 @@ from transformers.utils import logging
 from .action_codec_openvla import ActionCodec, action_dim, select_row_statistics, select_statistics, unnormalize
 from .action_heads_openvla import FiLM, HeadLinear, InputProjector, ZeroLinear, make_action_head
 from .configuration_openvla import (
+    HUB_LOAD_ARGUMENTS,
     HUB_PUSH_ARGUMENTS,
     OpenVLAConfig,
     TowerConfig,
@@ -39,9 +40,11 @@ from .decoding_openvla import (
     check_attention,
     check_finite,
     decode_action_tokens,
+    decode_fast_tokens,
     left_pad,
     positions_of,
 )
+from .fast_tokenizer_openvla import FastTokenizer, ids_to_tokens
 
 
 logger = logging.get_logger(__name__)
@@ -91,11 +94,13 @@ class OpenVLAActionOutput(ModelOutput):
     Args:
         actions (`np.ndarray`): float64 (D,) or (B, D), with chunks (K, D) or (B, K, D), in the units of the dataset.
         normalized_actions (`np.ndarray`): The same in [-1, 1], which heads on the hidden states may leave a little.
-        token_ids (`torch.Tensor`): (B, K * D). This and the following: `None` where a head gives the actions.
+        token_ids (`torch.Tensor`): (B, K * D), of FAST tokens (B, S) with the stop token behind the shorter rows. This
+            and the following: `None` where a head gives the actions.
         probabilities (`torch.Tensor`): float32 (B, K * D, n_action_bins), over the bins in ascending order of their
-            value; of the model itself, before temperature, top-k and top-p.
-        entropy (`torch.Tensor`): float32 (B, K * D), of `probabilities`, in nats: 0 where the model is sure,
-            log(n_action_bins) where it knows nothing.
+            value; of the model itself, before temperature, top-k and top-p. Of FAST tokens (B, S, fast_vocab_size), in
+            the order of the tokens, before the grammar, too; 0 behind a row's end.
+        entropy (`torch.Tensor`): float32, the shape of `token_ids`, of `probabilities`, in nats: 0 where the model is
+            sure, log(n_action_bins) where it knows nothing.
     """
 
     actions: np.ndarray | None = None
@@ -349,6 +354,7 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         # The default dtype is the one asked of `from_pretrained`; text_config may carry another.
         self.language_model = AutoModelForCausalLM.from_config(config.text_config, dtype=torch.get_default_dtype())
         self.codec = ActionCodec.from_config(config)
+        self._fast_tokenizer: FastTokenizer | None = None
         self.num_image_tokens = config.num_image_tokens
         self._checked_attention: str | None = None
         # FSDP on transformers 4.57 asks the top model alone what not to split.
@@ -374,15 +380,36 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
                 f"The weights of {pretrained_model_name_or_path} cannot be read: {error}. A safetensors file is "
                 "damaged or its download was cut off; remove it and fetch it again."
             ) from error
+        model = result[0] if isinstance(result, tuple) else result
         # transformers 5 puts new parameters in the place of those that were frozen.
-        (result[0] if isinstance(result, tuple) else result).freeze_unused()
+        model.freeze_unused()
+        if model.config.head_type == "fast" and pretrained_model_name_or_path is not None:
+            hub_kwargs = {name: kwargs[name] for name in HUB_LOAD_ARGUMENTS if kwargs.get(name) is not None}
+            model._load_fast_tokenizer(pretrained_model_name_or_path, hub_kwargs)
         return result
+
+    def _load_fast_tokenizer(self, source: str | Path, hub_kwargs: dict) -> None:
+        """Take the tokenizer beside the weights; a policy that is to learn FAST tokens need not have one yet."""
+        config = self.config
+        try:
+            tokenizer = FastTokenizer.load(source, config.fast_scale, config.fast_min_token, **hub_kwargs)
+        except FileNotFoundError as error:
+            logger.warning(f"Assign `model.fast_tokenizer` before the first action: {error}")
+            return
+        if tokenizer.vocab_size == config.fast_vocab_size:
+            self.fast_tokenizer = tokenizer
+        else:
+            logger.warning(
+                f"The FAST tokenizer of {source} has {tokenizer.vocab_size} tokens, and `fast_vocab_size` is "
+                f"{config.fast_vocab_size}: assign another to `model.fast_tokenizer` before the first action."
+            )
 
     def save_pretrained(
         self, save_directory: str | Path, is_main_process: bool = True, *, push_to_hub: bool = False, **kwargs
     ) -> None:
         """
-        As [`PreTrainedModel.save_pretrained`], with `dataset_statistics.json` and the code beside the weights.
+        As [`PreTrainedModel.save_pretrained`], with `dataset_statistics.json`, `fast_tokenizer.json` where there is a
+        FAST tokenizer, and the code beside the weights.
 
         Raises:
             ValueError: If bitsandbytes has repacked 4-bit weights, which it does at the first prediction on some CPUs
@@ -406,6 +433,8 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
             return
         super().save_pretrained(save_directory, **kwargs)
         copy_remote_code(__file__, save_directory)
+        if self.fast_tokenizer is not None:
+            self.fast_tokenizer.save(save_directory)
         if push_to_hub:
             hub_kwargs |= {name: kwargs[name] for name in ("max_shard_size",) if name in kwargs}
             self.push_to_hub(**{"repo_id": Path(save_directory).name, **hub_kwargs})
@@ -439,6 +468,21 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
     @norm_stats.setter
     def norm_stats(self, norm_stats: dict[str, dict]) -> None:
         self.config.norm_stats = check_statistics(norm_stats)
+
+    @property
+    def fast_tokenizer(self) -> FastTokenizer | None:
+        """With `head_type="fast"`, what decodes the tokens; it can be assigned, and is saved with the model."""
+        return self._fast_tokenizer
+
+    @fast_tokenizer.setter
+    def fast_tokenizer(self, tokenizer: FastTokenizer) -> None:
+        expected = {name: getattr(self.config, name) for name in tokenizer.config_fields}
+        if self.config.head_type != "fast" or tokenizer.config_fields != expected:
+            raise ValueError(
+                f"The FAST tokenizer has {tokenizer.config_fields}, and the policy's configuration {expected} with "
+                f"`head_type={self.config.head_type!r}`: make it with the tokenizer's `config_fields`."
+            )
+        self._fast_tokenizer = tokenizer
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
@@ -585,7 +629,7 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         Robot actions for a batch of observations.
 
         The prompt's closing token and its mask are completed where they are missing. Every decoded token is one of
-        the action tokens.
+        the action tokens; FAST tokens spell whole chunks, whatever the model would say.
 
         Args:
             input_ids (`torch.LongTensor`): (B, L), padded on either side.
@@ -606,7 +650,8 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
             `chunk_size` above 1 (K, D) and (B, K, D). Or an [`OpenVLAActionOutput`].
 
         Raises:
-            ValueError: On an unknown `unnorm_key`, an empty batch, or pixel values or a state that are not finite.
+            ValueError: On an unknown `unnorm_key`, an empty batch, pixel values or a state that are not finite, or a
+                FAST tokenizer that is not there.
             FloatingPointError: If the logits, or the actions of a head, are not finite.
         """
         sampling = SamplingParams(do_sample, temperature, top_k, top_p, generator)
@@ -630,7 +675,9 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
                 token_ids, logits = self._predict_tokens(inputs, sampling)
             else:
                 normalized = self._predict_with_head(inputs, num_inference_steps, noise, generator)
-        if token_ids is not None:
+        if self.config.head_type == "fast":
+            normalized = self._decode_fast_ids(token_ids)
+        elif token_ids is not None:
             normalized = self.codec.decode(token_ids.cpu().numpy())  # (B, K * D)
         return self._action_output(normalized, statistics, token_ids, logits, return_dict)
 
@@ -666,15 +713,25 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         attention_mask: torch.Tensor,
         pixel_values: torch.FloatTensor,
         proprio: torch.FloatTensor | None,
-        num_tokens: int,
+        num_values: int,
         sampling: SamplingParams,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token ids (B, `num_tokens`) and the logits they were chosen from."""
+        """Token ids (B, `num_values`), or of FAST tokens (B, S), and the logits they were chosen from."""
+        is_fast = self.config.head_type == "fast"
+        if is_fast and self.fast_tokenizer is None:
+            raise ValueError("The policy speaks in FAST tokens and has no tokenizer: assign `model.fast_tokenizer`.")
         input_ids, attention_mask, _ = self._expand_image(input_ids, pixel_values, attention_mask)
         inputs_embeds = self._embed(input_ids, self._observe(input_ids, attention_mask, None, pixel_values, proprio))
-        return decode_action_tokens(
-            self.language_model, self.config, inputs_embeds, attention_mask, num_tokens=num_tokens, sampling=sampling
-        )
+        prompt = (self.language_model, self.config, inputs_embeds, attention_mask)
+        if is_fast:
+            return decode_fast_tokens(*prompt, self.fast_tokenizer.grammar, num_symbols=num_values, sampling=sampling)
+        return decode_action_tokens(*prompt, num_tokens=num_values, sampling=sampling)
+
+    def _decode_fast_ids(self, token_ids: torch.Tensor) -> np.ndarray:
+        """Normalised actions (B, K * D) of FAST tokens (B, S)."""
+        config = self.config
+        rows = [ids_to_tokens(row, config.action_token_end, config.stop_token_id) for row in token_ids.tolist()]
+        return self.fast_tokenizer.decode(rows, config.chunk_size, config.action_dim).reshape(len(rows), -1)
 
     def _parallel_inputs(
         self,
@@ -775,6 +832,10 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         log_probabilities = logits.float().flip(-1).log_softmax(dim=-1)
         probabilities = log_probabilities.exp()
         entropy = -(probabilities * log_probabilities).sum(dim=-1)
+        if self.config.head_type == "fast":
+            has_ended = token_ids == self.config.stop_token_id
+            probabilities = probabilities.masked_fill(has_ended[..., None], 0.0)
+            entropy = entropy.masked_fill(has_ended, 0.0)
         return OpenVLAActionOutput(actions, normalized, token_ids, probabilities, entropy)
 
     def _action_dim(self, statistics: dict) -> int:

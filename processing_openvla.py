@@ -1,6 +1,7 @@
 # Copyright 2026 The OpenVLA repository authors. Licensed under the Apache License, Version 2.0.
 """Image processor and processor: camera images and instructions in, model inputs out, and actions back."""
 
+import contextlib
 import copy
 import functools
 import inspect
@@ -18,14 +19,23 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils import cached_file, logging
 
-from .action_codec_openvla import STATISTICS_BOUNDS, ActionCodec, normalize, select_row_statistics, unnormalize
+from .action_codec_openvla import (
+    STATISTICS_BOUNDS,
+    ActionCodec,
+    action_dim,
+    normalize,
+    select_row_statistics,
+    unnormalize,
+)
 from .configuration_openvla import (
+    HUB_LOAD_ARGUMENTS,
     HUB_PUSH_ARGUMENTS,
     OpenVLAConfig,
     check_statistics,
     copy_remote_code,
     load_statistics,
 )
+from .fast_tokenizer_openvla import FastTokenizer, ids_to_tokens, tokens_to_ids
 
 
 logger = logging.get_logger(__name__)
@@ -438,6 +448,7 @@ class OpenVLAProcessor(ProcessorMixin):
         closing_token_id (`int`, `None` or `"auto"`): Token that ends the prompt; `"auto"`: the tokenizer's lone
             "▁", or none where it has no such piece.
         head_type, chunk_size, num_images, use_proprio, append_stop_token: As in [`OpenVLAConfig`].
+        fast_scale, fast_min_token: As in [`OpenVLAConfig`]; they follow the `fast_tokenizer` that is assigned.
     """
 
     attributes = ["image_processor", "tokenizer"]
@@ -458,6 +469,8 @@ class OpenVLAProcessor(ProcessorMixin):
         num_images: int = 1,
         use_proprio: bool = False,
         append_stop_token: bool = True,
+        fast_scale: float | None = None,
+        fast_min_token: int | None = None,
     ):
         if prompt_style not in PROMPT_TEMPLATES:
             raise ValueError(f"`prompt_style` must be one of {sorted(PROMPT_TEMPLATES)}, got {prompt_style!r}.")
@@ -472,6 +485,9 @@ class OpenVLAProcessor(ProcessorMixin):
         self.num_images = num_images
         self.use_proprio = use_proprio
         self.append_stop_token = append_stop_token
+        self.fast_scale = fast_scale
+        self.fast_min_token = fast_min_token
+        self._fast_tokenizer: FastTokenizer | None = None
         self._norm_stats: dict[str, dict] = {}
         # A tokenizer keeps the way it treats special tokens as a state: switching it between prompts and
         # instructions, threads that share a processor would let control tokens through.
@@ -483,7 +499,8 @@ class OpenVLAProcessor(ProcessorMixin):
         Load from one of our repositories or a published one, whose own code is never used.
 
         Settings that `processor_config.json` does not hold come from the model's `config.json`, statistics from
-        `dataset_statistics.json` or, where there is none, from `config.json`.
+        `dataset_statistics.json` or, where there is none, from `config.json`; with `head_type="fast"` the FAST
+        tokenizer from `fast_tokenizer.json`, if there is one.
 
         Args:
             pretrained_model_name_or_path (`str` or `Path`): Directory or Hub id.
@@ -494,8 +511,7 @@ class OpenVLAProcessor(ProcessorMixin):
             ValueError: On an argument that is none of these.
         """
         source = str(pretrained_model_name_or_path)
-        hub_names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
-        hub_kwargs = {name: kwargs.pop(name) for name in hub_names if name in kwargs}
+        hub_kwargs = {name: kwargs.pop(name) for name in HUB_LOAD_ARGUMENTS if name in kwargs}
         hub_kwargs = {name: value for name, value in hub_kwargs.items() if value is not None}
         settings = _settings_of_model(source, hub_kwargs)
         norm_stats = settings.pop("norm_stats")
@@ -512,6 +528,11 @@ class OpenVLAProcessor(ProcessorMixin):
             **{name: settings[name] for name in _SETTINGS if name in settings},
         )
         processor.norm_stats = norm_stats
+        if processor.head_type == "fast" and processor.fast_scale is not None:
+            with contextlib.suppress(FileNotFoundError):  # the tokenizer may still have to be made
+                processor.fast_tokenizer = FastTokenizer.load(
+                    source, processor.fast_scale, processor.fast_min_token, **hub_kwargs
+                )
         return processor
 
     @staticmethod
@@ -544,7 +565,7 @@ class OpenVLAProcessor(ProcessorMixin):
 
     def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs) -> list[str]:
         """
-        Write image processor, tokenizer, settings and code in the layout that transformers 4.57 and 5 both read.
+        Write image processor, tokenizers, settings and code in the layout that transformers 4.57 and 5 both read.
 
         Statistics are the model's to save: `dataset_statistics.json` has one writer.
         """
@@ -553,6 +574,8 @@ class OpenVLAProcessor(ProcessorMixin):
         self.image_processor.save_pretrained(directory)
         save_tokenizer(self.tokenizer, directory)
         _write_json(directory / "processor_config.json", self.to_dict())
+        if self.fast_tokenizer is not None:
+            self.fast_tokenizer.save(directory)
         copy_remote_code(__file__, directory)
         if push_to_hub:
             hub_kwargs = {name: kwargs[name] for name in HUB_PUSH_ARGUMENTS if name in kwargs}
@@ -572,6 +595,46 @@ class OpenVLAProcessor(ProcessorMixin):
     @norm_stats.setter
     def norm_stats(self, norm_stats: dict[str, dict]) -> None:
         self._norm_stats = check_statistics(norm_stats)
+
+    @property
+    def fast_tokenizer(self) -> FastTokenizer | None:
+        """With `head_type="fast"`, what makes tokens of chunks; can be assigned, and is saved with the processor."""
+        return self._fast_tokenizer
+
+    @fast_tokenizer.setter
+    def fast_tokenizer(self, tokenizer: FastTokenizer) -> None:
+        if self.head_type != "fast":
+            raise ValueError(f"A FAST tokenizer was given to a processor with `head_type={self.head_type!r}`.")
+        if tokenizer.vocab_size > self.action_token_end:
+            raise ValueError(
+                f"{tokenizer.vocab_size} FAST tokens do not fit in front of id {self.action_token_end} "
+                "(`action_token_end`)."
+            )
+        self.fast_scale, self.fast_min_token = tokenizer.scale, tokenizer.min_token
+        self._fast_tokenizer = tokenizer
+
+    def fit_fast_tokenizer(
+        self,
+        actions: np.ndarray | Sequence,
+        unnorm_key: str | Sequence[str] | None = None,
+        scale: float = 10.0,
+        vocab_size: int = 1024,
+    ) -> FastTokenizer:
+        """
+        Learn a FAST tokenizer of chunks of a dataset, and use it from now on.
+
+        Args:
+            actions: (N, K, D), in the units of the dataset.
+            unnorm_key (`str` or `list[str]`, *optional*): Dataset, or one per chunk.
+            scale (`float`), vocab_size (`int`): See [`FastTokenizer.fit`].
+
+        Returns:
+            [`FastTokenizer`]: For `model.fast_tokenizer`, and its `config_fields` for the model's configuration.
+        """
+        normalized = self.normalize_actions(actions, unnorm_key)  # (N, K, D)
+        self._check_chunk_size(normalized)
+        self.fast_tokenizer = FastTokenizer.fit(normalized, scale, vocab_size)
+        return self.fast_tokenizer
 
     @property
     def codec(self) -> ActionCodec:
@@ -687,18 +750,32 @@ class OpenVLAProcessor(ProcessorMixin):
         return np.stack(rows).astype(np.float32)
 
     def decode_actions(
-        self, token_ids: torch.Tensor | np.ndarray | Sequence, unnorm_key: str | Sequence[str] | None = None
+        self,
+        token_ids: torch.Tensor | np.ndarray | Sequence,
+        unnorm_key: str | Sequence[str] | None = None,
+        fallback: np.ndarray | Sequence | None = None,
     ) -> np.ndarray:
         """
         Actions of action tokens.
 
         Args:
-            token_ids: Ids of one action (D,) or a batch (B, D); with chunks (K * D,) or (B, K * D).
+            token_ids: Ids of one action (D,) or a batch (B, D); with chunks (K * D,) or (B, K * D). FAST tokens: a row
+                of any length, or a batch of rows, each up to its first stop token.
             unnorm_key (`str` or `list[str]`, *optional*): Dataset, or one per row; see `predict_action`.
+            fallback (*optional*): (K, D), in the units of the dataset, in the place of FAST tokens that spell no
+                chunk, such as zeros where actions are displacements. `predict_action` never needs it.
 
         Returns:
             `np.ndarray`: float64 of the same shape, in the units of the dataset; with chunks (K, D) or (B, K, D).
+
+        Raises:
+            ValueError: If an id is no action token. Of FAST tokens, without a `fallback`, a [`MalformedActionError`],
+                also where they spell no chunk.
         """
+        if self.head_type == "fast":
+            return self._decode_fast_actions(token_ids, unnorm_key, fallback)
+        if fallback is not None:
+            raise ValueError("`fallback` is for FAST tokens; every sequence of bins is an action.")
         token_ids = token_ids.cpu().numpy() if isinstance(token_ids, torch.Tensor) else np.asarray(token_ids)
         normalized = self.codec.decode(np.atleast_2d(token_ids))  # (B, D)
         statistics = select_row_statistics(self.norm_stats, unnorm_key, len(normalized))
@@ -711,21 +788,87 @@ class OpenVLAProcessor(ProcessorMixin):
 
     def encode_actions(
         self, actions: np.ndarray | Sequence, unnorm_key: str | Sequence[str] | None = None
-    ) -> np.ndarray:
+    ) -> np.ndarray | list[int] | list[list[int]]:
         """
-        Action tokens of actions: the inverse of `decode_actions`, up to half a bin and the clipping to the bounds.
+        Action tokens of actions: the inverse of `decode_actions`, up to half a bin (FAST: half a step of the
+        coefficients) and the clipping to the bounds.
 
         Args:
             actions: (D,) or (B, D), with chunks (K, D) or (B, K, D), in the units of the dataset.
             unnorm_key (`str` or `list[str]`, *optional*): Dataset, or one per row.
 
         Returns:
-            `np.ndarray`: int64 of the same shape.
+            `np.ndarray`: int64 of the same shape. FAST tokens: a list of ids for each chunk.
         """
-        return self.codec.encode(self._normalize_actions(actions, unnorm_key)).reshape(np.shape(actions))
+        normalized = self.normalize_actions(actions, unnorm_key)
+        if self.head_type != "fast":
+            return self.codec.encode(normalized).reshape(np.shape(actions))
+        rows = self._encode_normalized(normalized)
+        return rows[0] if np.ndim(actions) == 2 else rows
 
-    def _normalize_actions(self, actions: np.ndarray | Sequence, unnorm_key: str | Sequence[str] | None) -> np.ndarray:
-        """float64 (B, K, D) of one action or chunk, or a batch of them."""
+    def _encode_normalized(self, normalized: np.ndarray) -> list[list[int]]:
+        """Ids of the action tokens of each action or chunk in (B, K, D)."""
+        if self.head_type != "fast":
+            return self.codec.encode(normalized).reshape(len(normalized), -1).tolist()
+        self._check_chunk_size(normalized)
+        rows = self._require_fast_tokenizer().encode(normalized)
+        return [tokens_to_ids(row, self.action_token_end) for row in rows]
+
+    def _decode_fast_actions(
+        self,
+        token_ids: torch.Tensor | np.ndarray | Sequence,
+        unnorm_key: str | Sequence[str] | None,
+        fallback: np.ndarray | Sequence | None,
+    ) -> np.ndarray:
+        """(K, D) or (B, K, D); see `decode_actions`."""
+        rows = token_ids.tolist() if isinstance(token_ids, (torch.Tensor, np.ndarray)) else list(token_ids)
+        is_batch = not rows or np.ndim(rows[0]) == 1
+        rows = rows if is_batch else [rows]
+        statistics = select_row_statistics(self.norm_stats, unnorm_key, len(rows))
+        chunks = [self._decode_fast_row(row, each, fallback) for row, each in zip(rows, statistics, strict=True)]
+        return np.stack(chunks) if is_batch else chunks[0]
+
+    def _decode_fast_row(
+        self, token_ids: Sequence[int], statistics: dict, fallback: np.ndarray | Sequence | None
+    ) -> np.ndarray:
+        """float64 (K, D), in the units of the dataset."""
+        shape = (self.chunk_size, action_dim(statistics))
+        if fallback is not None and np.shape(fallback) != shape:
+            raise ValueError(f"`fallback` must be of shape {shape}, got {np.shape(fallback)}.")
+        tokens = ids_to_tokens(token_ids, self.action_token_end, self.tokenizer.eos_token_id)
+        tokenizer = self._require_fast_tokenizer()
+        try:
+            normalized = tokenizer.decode([tokens], *shape)[0]
+        except ValueError as error:  # a MalformedActionError, perhaps of another copy of this code
+            if fallback is None:
+                raise
+            logger.warning(f"The fallback takes the place of a chunk: {error}")
+            return np.asarray(fallback, dtype=np.float64)
+        return unnormalize(normalized, statistics["action"], self.norm_type)
+
+    def _require_fast_tokenizer(self) -> FastTokenizer:
+        if self.fast_tokenizer is None:
+            raise ValueError(
+                "The processor has no FAST tokenizer: call `fit_fast_tokenizer`, or assign `fast_tokenizer`."
+            )
+        return self.fast_tokenizer
+
+    def normalize_actions(
+        self, actions: np.ndarray | Sequence, unnorm_key: str | Sequence[str] | None = None
+    ) -> np.ndarray:
+        """
+        Actions as the model learns them.
+
+        Args:
+            actions: (D,) or (B, D), with chunks (K, D) or (B, K, D), in the units of the dataset.
+            unnorm_key (`str` or `list[str]`, *optional*): Dataset, or one per row.
+
+        Returns:
+            `np.ndarray`: float64 (B, K, D).
+
+        Raises:
+            ValueError: If the actions are of another shape, or there are no statistics of the dataset.
+        """
         actions = np.asarray(actions, dtype=np.float64)
         if self.chunk_size == 1 and actions.ndim in (1, 2):
             chunks = np.atleast_2d(actions)[:, None]  # (B, 1, D)
@@ -739,6 +882,10 @@ class OpenVLAProcessor(ProcessorMixin):
         statistics = select_row_statistics(self.norm_stats, unnorm_key, len(chunks))
         rows = [normalize(row, each["action"], self.norm_type) for row, each in zip(chunks, statistics, strict=True)]
         return np.stack(rows)
+
+    def _check_chunk_size(self, normalized: np.ndarray) -> None:
+        if normalized.shape[1] != self.chunk_size:
+            raise ValueError(f"Chunks of {self.chunk_size} actions are learned, got {normalized.shape[1]}.")
 
     def _encode_instructions(
         self,
@@ -761,14 +908,13 @@ class OpenVLAProcessor(ProcessorMixin):
         targets = [[] for _ in rows]
         numbers = {}
         if actions is not None:
-            normalized = self._normalize_actions(actions, unnorm_key)  # (B, K, D)
+            normalized = self.normalize_actions(actions, unnorm_key)  # (B, K, D)
             if len(normalized) != len(rows):
                 raise ValueError(f"{len(rows)} instructions and {len(normalized)} actions were given.")
-            if normalized.shape[1] != self.chunk_size:
-                raise ValueError(f"Chunks of {self.chunk_size} actions are learned, got {normalized.shape[1]}.")
+            self._check_chunk_size(normalized)
             stop = [self.tokenizer.eos_token_id] if self.append_stop_token else []
-            targets = [[*ids, *stop] for ids in self.codec.encode(normalized).reshape(len(rows), -1).tolist()]
-            if self.head_type != "tokens":
+            targets = [[*ids, *stop] for ids in self._encode_normalized(normalized)]
+            if self.head_type not in ("tokens", "fast"):
                 numbers = {"actions": normalized.astype(np.float32)}
 
         labels = [[-100] * len(row) + target for row, target in zip(rows, targets, strict=True)]
@@ -824,6 +970,8 @@ _SETTINGS = (
     "num_images",
     "use_proprio",
     "append_stop_token",
+    "fast_scale",
+    "fast_min_token",
 )
 # What the Auto classes pass on, and means nothing here.
 _LOADER_ARGUMENTS = {"trust_remote_code", "code_revision", "use_fast", "proxies", "resume_download", "dtype"}

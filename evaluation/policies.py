@@ -141,11 +141,13 @@ class ModelPolicy:
 
     def bins(self, actions: np.ndarray) -> np.ndarray:
         """
-        Interval of each action (B, D) among those that the tokens stand for, int64 (B, D), from the lowest value up.
+        Interval of each action (B, D) among those of action tokens, int64 (B, D), from the lowest value up, whatever
+        head the policy speaks with.
 
         The topmost token holds the value 1 alone and decodes as the one below it: they count as one.
         """
         codec = self.processor.codec
         chunk = actions if self.processor.chunk_size == 1 else actions[None]
-        numbers = codec.token_end - self.processor.encode_actions(chunk, self.unnorm_key).reshape(actions.shape)
+        normalized = self.processor.normalize_actions(chunk, self.unnorm_key).reshape(actions.shape)
+        numbers = codec.token_end - codec.encode(normalized)
         return np.minimum(numbers, codec.n_bins - 1)

@@ -105,8 +105,8 @@ class TestConfiguration:
     @pytest.mark.parametrize(
         "overrides, message",
         [
-            ({"head_type": "fast"}, "`head_type='fast'` is not there yet"),
-            ({"head_type": "l2"}, "`head_type` must be 'tokens' or one of .*, got 'l2'"),
+            ({"head_type": "fast"}, "`head_type=.fast.` shortens chunks along time, and `chunk_size` is 1"),
+            ({"head_type": "l2"}, "`head_type` must be .tokens., .fast. or one of .*, got 'l2'"),
             ({"attention_mode": "full"}, "`attention_mode` must be 'causal' or 'bidirectional', got 'full'"),
             ({"chunk_size": 0}, "`chunk_size` must be a positive integer, got 0"),
             ({"num_images": 1.5}, "`num_images` must be a positive integer, got 1.5"),

@@ -12,6 +12,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision")
 _FILES = {
+    "FastTokenizer": "fast_tokenizer_openvla",
     "OpenVLAConfig": "configuration_openvla",
     "OpenVLAForActionPrediction": "modeling_openvla",
     "OpenVLAImageProcessor": "processing_openvla",
