@@ -37,8 +37,8 @@ class FiLM(nn.Module):
         """`hidden` (B, N, D), modulated alike at all N by `instruction` (B, H)."""
         # Beside an adapter these layers train in float32, in towers of 16 bits.
         instruction = instruction.to(self.scale.weight.dtype)
-        scale, shift = (layer(instruction)[:, None].to(hidden.dtype) for layer in (self.scale, self.shift))  # (B, 1, D)
-        return hidden * (1 + scale) + shift
+        scale, shift = (layer(instruction).to(hidden.dtype)[:, None] for layer in (self.scale, self.shift))
+        return hidden * (1 + scale) + shift  # (B, N, D), by (B, 1, D)
 
 
 class InputProjector(nn.Module):

@@ -706,9 +706,7 @@ class OpenVLAProcessor(ProcessorMixin):
         actions = self.unnormalize_actions(normalized, unnorm_key)
         return actions[0] if token_ids.ndim == 1 else actions
 
-    def unnormalize_actions(
-        self, normalized: np.ndarray, unnorm_key: str | Sequence[str] | None = None
-    ) -> np.ndarray:
+    def unnormalize_actions(self, normalized: np.ndarray, unnorm_key: str | Sequence[str] | None = None) -> np.ndarray:
         """
         Actions of normalised ones, such as a head on the hidden states gives them.
 

@@ -472,7 +472,9 @@ def golden_batch(golden_image_processor) -> dict[str, torch.Tensor]:
     images = [Image.open(GOLDEN / "images" / f"{record['image']}.png") for record in records]
     names = ("input_ids", "attention_mask", "labels")
     pixel_values = golden_image_processor(images)["pixel_values"]
-    return {name: golden[f"train.{name}"] for name in names} | {"pixel_values": pixel_values}
+    is_pad = torch.zeros(len(images), 1, dtype=torch.bool)
+    tensors = {name: golden[f"train.{name}"] for name in names}
+    return tensors | {"pixel_values": pixel_values, "action_is_pad": is_pad}
 
 
 class TestLoss:
