@@ -139,9 +139,17 @@ def complete_changes(
         changes (`dict[str, Any]`): From [`asked_changes`].
         config (`PretrainedConfig`): As it was saved.
         action_dim (`int`), proprio_dim (`int`, *optional*): Of the datasets.
+
+    Raises:
+        ValueError: If the policy takes the state, and there is none.
     """
     after = {name: getattr(config, name) for name in ACTION_FIELDS} | changes
-    widths = {}
+    widths: dict[str, Any] = {}
+    if after["use_proprio"] and proprio_dim is None:
+        raise ValueError(
+            "The policy takes the robot's state (`use_proprio`), and the first dataset has none: say which columns it is "
+            "with `state` in the dataset's description (--dataset_configs)."
+        )
     if after["head_type"] != "tokens" and config.action_dim is None:
         widths["action_dim"] = action_dim
     if bool(after["use_proprio"]) != config.use_proprio:

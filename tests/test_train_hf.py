@@ -31,7 +31,7 @@ from load_policy import repository_class
 from merge_adapter import merge
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, get_scheduler
 
 import train_hf
 from evaluation.policies import ExpertPolicy, ModelPolicy

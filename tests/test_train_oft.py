@@ -5,6 +5,7 @@ import json
 import logging
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,12 +15,14 @@ from load_policy import ACTION_FIELDS, load_policy
 from merge_adapter import merge
 from safetensors.torch import load_file
 from test_train_hf import LORA, flags, history, losses
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, EvalPrediction
 
 import train_hf
+from evaluation.policies import ModelPolicy
 from tabletop.record import Recording, record
 from training.arguments import parse_arguments
 from training.checkpoint import find_checkpoints
+from training.metrics import ActionMetrics, count_correct, without_padding
 from training.modes import added_modules
 
 
@@ -142,3 +145,131 @@ class TestRuns:
         assert "Initialised anew" not in caplog.text
         saved = load_file(output / "model.safetensors")
         assert all(torch.equal(value.bfloat16(), saved[name]) for name, value in trainer.model.state_dict().items())
+
+
+class TestStart:
+    """From a base policy to one with other parts."""
+
+    def set_up(self, recorded: Path, output: Path, *more: str):
+        return train_hf.set_up(*parse_arguments(flags(recorded, output, "--validation_episodes", "0", *more)))[0]
+
+    def test_only_what_is_new_begins_anew(self, recorded, tmp_path, caplog):
+        with caplog.at_level(logging.INFO, "load_policy"):
+            trainer = self.set_up(recorded, tmp_path, *KINDS["l1"])
+        assert "Initialised anew: FiLM, action_head, proprio_projector" in caplog.text
+        config, base = trainer.model.config, load_file(REPOSITORY / "model.safetensors")
+        assert (config.action_dim, config.proprio_dim, config.num_images) == (7, 8, 2)
+        weights = trainer.model.state_dict()
+        assert all(torch.equal(weights[name], tensor.float()) for name, tensor in base.items())
+        assert not any(film.any() for name, film in weights.items() if ".film." in name)
+
+    def test_a_batch_is_what_the_policy_takes(self, recorded, tmp_path):
+        trainer = self.set_up(recorded, tmp_path, *KINDS["l1"])
+        batch = next(iter(trainer.loader))
+        assert batch["pixel_values"].shape == (2, 12, 112, 112)
+        assert (batch["proprio"].shape, batch["actions"].shape) == ((2, 8), (2, CHUNK, 7))
+        (part,) = trainer.loader._streams[0].parts
+        assert list(part.config.cameras) == ["primary", "wrist"]
+
+    @pytest.mark.parametrize(
+        ("more", "message"),
+        [
+            (("--head_type", "l1"), "reads all actions of one pass: set `attention_mode='bidirectional'`"),
+            (("--use_film", "True"), "set `attention_mode='bidirectional'`"),
+            (("--head_type", "l2", *PARALLEL), "`head_type` must be 'tokens' or one of"),
+            (("--num_inference_steps", "3"), "is for the 'diffusion' and 'flow' heads"),
+            (("--num_images", "3"), "tabletop has no camera 'wrist_2'"),
+            ((*OFT, "--camera", "primary"), r"looks at 2 image\(s\) .* --camera names 1: primary"),
+        ],
+    )
+    def test_refused(self, recorded, tmp_path, more, message):
+        with pytest.raises(ValueError, match=message):
+            self.set_up(recorded, tmp_path, *more)
+
+    def test_a_dataset_without_a_state(self, recorded, tmp_path):
+        path = tmp_path / "descriptions.yaml"
+        path.write_text("{tabletop: {state: null}}")
+        with pytest.raises(ValueError, match=r"takes the robot's state .* has none: say which columns"):
+            self.set_up(recorded, tmp_path, *OFT, "--dataset_configs", str(path))
+
+    def test_validation_of_noise_needs_the_whole_model(self, recorded, tmp_path, monkeypatch):
+        arguments = parse_arguments(flags(recorded, tmp_path, *KINDS["flow"]))
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+        with pytest.raises(ValueError, match=r"Validation of a 'flow' head .* needs the whole model in one process"):
+            train_hf.set_up(*arguments)
+
+    def test_another_head_in_the_place_of_one(self, recorded, tmp_path, caplog):
+        """Merged over a base with another head, an adapter leaves that one behind."""
+        first, second = tmp_path / "first", tmp_path / "second"
+        quick = ("--max_steps", "1", "--save_steps", "1", "--validation_episodes", "0")
+        train_hf.main(flags(recorded, first, *KINDS["diffusion"], *quick))
+        changes = ("--head_type", "l1", "--model_name_or_path", str(first))
+        train_hf.main(flags(recorded, second, *LORA, *quick, *changes))
+        assert "Left behind: action_head, noisy_action_projector" in caplog.text
+        model, _ = load_policy(second)
+        assert (model.config.head_type, model.config.num_inference_steps) == ("l1", None)
+
+
+class TestPadding:
+    """Actions beyond the end of an episode, by hand: two rows of three actions of two numbers."""
+
+    CODEC = SimpleNamespace(n_bins=10, token_end=100)
+    LABELS = torch.tensor([[-100, -100, 91, 92, 93, 94, 95, 96, 2], [-100, 81, 97, 98, 99, 90, 91, 92, 2]])
+    IS_PAD = torch.tensor([[False, False, True], [False, True, True]])
+
+    def test_labels(self):
+        learned = without_padding(self.LABELS, self.IS_PAD, self.CODEC)
+        assert learned[0].tolist() == [-100, -100, 91, 92, 93, 94, -100, -100, 2]
+        assert learned[1].tolist() == [-100, 81, 97, 98, -100, -100, -100, -100, 2]
+
+    def test_accuracy(self):
+        predicted = torch.tensor([[0, 91, 92, 0, 94, 95, 96, 2], [81, 97, 0, 99, 90, 91, 92, 0]])
+        assert count_correct(predicted, self.LABELS, self.IS_PAD, self.CODEC).tolist() == [4, 6]
+
+    def test_items(self, recorded, tmp_path):
+        """What the loss is divided by, over all batches of a step."""
+        trainer, _ = train_hf.set_up(*parse_arguments(flags(recorded, tmp_path, *KINDS["tokens"])))
+        batches = [next(iter(trainer.loader)) for _ in range(3)]
+        batches[1]["action_is_pad"] = torch.tensor([[False, True, True], [False, False, True]])
+        _, count = trainer.get_batch_samples(iter(batches), 3, trainer.args.device)
+        pads = sum(int(batch["action_is_pad"].sum()) for batch in batches)
+        assert count == 6 * (7 * CHUNK + 1) - 7 * pads
+
+    def test_metrics_of_a_head(self, processor):
+        processor.head_type, processor.chunk_size = "l1", 2
+        statistics = processor.norm_stats["tabletop"]["action"]
+        statistics |= {"q01": [-2.0] * 7, "q99": [4.0] * 7}
+        targets = np.zeros((3, 2, 7), np.float32)
+        predictions = np.full((3, 2, 7), 0.25)
+        predictions[1] = [[0.5] * 7, [9.0] * 7]
+        is_pad = np.array([[False, False], [False, True], [False, True]])
+        labels = (np.full((3, 5), -100), is_pad, targets)
+        metrics = ActionMetrics(processor, ["tabletop"] * 3)
+        assert metrics.label_names == ["labels", "action_is_pad", "actions"]
+        values = metrics(EvalPrediction(predictions=predictions, label_ids=labels))
+        assert values["l1_normalized"] == values["tabletop/l1_normalized"] == pytest.approx((3 * 0.25 + 0.5) / 4)
+        assert values["tabletop/l1/x"] == pytest.approx(3 * (3 * 0.25 + 0.5) / 4)  # half of 4 - (-2)
+        assert values["tabletop/l1/gripper"] == pytest.approx((3 * 0.25 + 0.5) / 4)  # which is not normalised
+        assert not any("accuracy" in name for name in values)
+
+
+def test_corrections_spend_chunks(monkeypatch):
+    """A chunk per episode is asked for where the last one is spent; others go on with theirs."""
+    processor = SimpleNamespace(num_images=2, use_proprio=True, chunk_size=CHUNK)
+    policy = ModelPolicy(SimpleNamespace(get_action_dim=lambda key: 7), processor)
+    asked = []
+
+    def predict_chunks(instructions, images, states):
+        asked.append((instructions, [list(row) for row in images], states))
+        return np.arange(CHUNK)[None, :, None] + np.zeros((len(instructions), CHUNK, 7))
+
+    monkeypatch.setattr(policy, "predict_chunks", predict_chunks)
+
+    def observe(*numbers: int) -> dict[int, dict]:
+        return {n: {"instruction": f"{n}", "image": n, "wrist_image": -n, "state": 10 * n} for n in numbers}
+
+    taken = [policy.next_actions(observe(0), [0]), policy.next_actions(observe(0, 1), [1])]
+    taken += [policy.next_actions(observe(0, 1), []), policy.next_actions(observe(0, 1), [])]
+    assert [actions[:, 0].tolist() for actions in taken] == [[0], [1, 0], [2, 1], [0, 2]]
+    assert asked == [(["0"], [[0, 0]], [0]), (["1"], [[1, -1]], [10]), (["0"], [[0, 0]], [0])]
+    assert policy.next_actions(observe(1), [1])[:, 0].tolist() == [0]  # a new episode under an old number
