@@ -147,8 +147,8 @@ def complete_changes(
     widths: dict[str, Any] = {}
     if after["use_proprio"] and proprio_dim is None:
         raise ValueError(
-            "The policy takes the robot's state (`use_proprio`), and the first dataset has none: say which columns it is "
-            "with `state` in the dataset's description (--dataset_configs)."
+            "The policy takes the robot's state (`use_proprio`), and the first dataset has none: say which columns it "
+            "is with `state` in the dataset's description (--dataset_configs)."
         )
     if after["head_type"] != "tokens" and config.action_dim is None:
         widths["action_dim"] = action_dim
