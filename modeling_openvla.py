@@ -519,8 +519,7 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
             proprio (`torch.FloatTensor`): (B, proprio_dim), the normalised state, with `use_proprio`.
             actions (`torch.FloatTensor`): (B, K, D), the normalised actions that a head on the hidden states learns.
                 Their tokens are in `labels` all the same, to say where they are.
-            action_is_pad (`torch.BoolTensor`): (B, K), actions that do not count in the loss, of tokens or of a head.
-                Their tokens are in `labels` all the same; `num_items_in_batch` is without them.
+            action_is_pad (`torch.BoolTensor`): (B, K), actions that count neither in the loss nor as items of a batch.
             noise, time (`torch.FloatTensor`): (B, K, D) and (B,), what the `diffusion` and `flow` heads corrupt the
                 actions with. Drawn by default.
 
@@ -535,8 +534,7 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         if pixel_values is not None:
             attention_mask = self._mask_where_padded(input_ids, attention_mask)
             input_ids, attention_mask, labels = self._expand_image(input_ids, pixel_values, attention_mask, labels)
-        is_action = self._action_positions(labels)
-        learned = self._without_padding(labels, action_is_pad)
+        is_action, learned = self._action_positions(labels), self._without_padding(labels, action_is_pad)
         noisy, target, time = self._head_inputs(actions, is_action, noise, time)
         features = self._observe(input_ids, attention_mask, is_action, pixel_values, proprio)
         if inputs_embeds is None:

@@ -235,6 +235,22 @@ class TestPadding:
         pads = sum(int(batch["action_is_pad"].sum()) for batch in batches)
         assert count == 6 * (7 * CHUNK + 1) - 7 * pads
 
+    @pytest.mark.parametrize("kind", ["tokens", "l1"])
+    def test_however_a_batch_is_divided(self, recorded, tmp_path, kind):
+        """Its loss is the mean over all that is learned, whichever part of the batch is padded."""
+        size = ("--per_device_train_batch_size", "3", "--use_cpu", "True")
+        trainer, _ = train_hf.set_up(*parse_arguments(flags(recorded, tmp_path, *KINDS[kind], *size)))
+        batch = next(iter(trainer.loader))
+        batch["action_is_pad"] = torch.tensor([[False, True, True], [False, False, False], [False, False, True]])
+        del batch["names"]
+        parts = [{name: value[rows] for name, value in batch.items()} for rows in (slice(0, 1), slice(1, 3))]
+        counts = [trainer._get_num_items_in_batch(each, trainer.args.device) for each in ([batch], parts)]
+        assert counts[0] == counts[1]
+        with torch.no_grad():
+            whole = trainer.model(**batch).loss
+            divided = sum(trainer.model(**part, num_items_in_batch=counts[1]).loss for part in parts)
+        torch.testing.assert_close(divided, whole)
+
     def test_metrics_of_a_head(self, processor):
         processor.head_type, processor.chunk_size = "l1", 2
         statistics = processor.norm_stats["tabletop"]["action"]
