@@ -35,7 +35,10 @@ class FiLM(nn.Module):
 
     def forward(self, hidden: torch.Tensor, instruction: torch.Tensor) -> torch.Tensor:
         """`hidden` (B, N, D), modulated alike at all N by `instruction` (B, H)."""
-        return hidden * (1 + self.scale(instruction)[:, None]) + self.shift(instruction)[:, None]
+        # Beside an adapter these layers train in float32, in towers of 16 bits.
+        instruction = instruction.to(self.scale.weight.dtype)
+        scale, shift = (layer(instruction).to(hidden.dtype)[:, None] for layer in (self.scale, self.shift))
+        return hidden * (1 + scale) + shift  # (B, N, D), by (B, 1, D)
 
 
 class InputProjector(nn.Module):

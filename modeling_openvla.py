@@ -563,7 +563,7 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
             proprio (`torch.FloatTensor`): (B, proprio_dim), the normalised state, with `use_proprio`.
             actions (`torch.FloatTensor`): (B, K, D), the normalised actions that a head on the hidden states learns.
                 Their tokens are in `labels` all the same, to say where they are.
-            action_is_pad (`torch.BoolTensor`): (B, K), actions that do not count in the head's loss.
+            action_is_pad (`torch.BoolTensor`): (B, K), actions that count neither in the loss nor as items of a batch.
             noise, time (`torch.FloatTensor`): (B, K, D) and (B,), what the `diffusion` and `flow` heads corrupt the
                 actions with. Drawn by default.
 
@@ -578,7 +578,7 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         if pixel_values is not None:
             attention_mask = self._mask_where_padded(input_ids, attention_mask)
             input_ids, attention_mask, labels = self._expand_image(input_ids, pixel_values, attention_mask, labels)
-        is_action = self._action_positions(labels)
+        is_action, learned = self._action_positions(labels), self._without_padding(labels, action_is_pad)
         noisy, target, time = self._head_inputs(actions, is_action, noise, time)
         features = self._observe(input_ids, attention_mask, is_action, pixel_values, proprio)
         if inputs_embeds is None:
@@ -597,10 +597,10 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         )
         hidden, logits, predictions = outputs.last_hidden_state, None, None
         if target is None:
-            loss, logits = self._logits_and_loss(hidden, labels, logits_to_keep, num_items_in_batch)
+            loss, logits = self._logits_and_loss(hidden, labels, learned, logits_to_keep, num_items_in_batch)
         else:
             predictions = self.action_head(_in_front_of(hidden, is_action))  # (B, K, D)
-            loss = self._head_loss(predictions, target, action_is_pad, labels, num_items_in_batch)
+            loss = self._head_loss(predictions, target, action_is_pad, learned, num_items_in_batch)
         kept = {name: outputs.get(name) for name in ("past_key_values", "hidden_states", "attentions")}
         if output_projector_features or config.output_projector_states:
             kept["projector_features"] = features
@@ -1059,6 +1059,10 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         """Where the actions are that one pass predicts, (B, T); `None` where there are no such."""
         if labels is None or self.config.attention_mode == "causal":
             return None
+        return self._labelled_actions(labels)
+
+    def _labelled_actions(self, labels: torch.LongTensor) -> torch.Tensor:
+        """Where the tokens of a chunk of actions are, bool (B, T), as many in each row."""
         is_action = (labels >= self.config.action_token_begin) & (labels < self.config.action_token_end)
         counts, action_dim = is_action.sum(dim=1), self.config.action_dim
         if (counts % self.config.chunk_size).any() or counts.unique().numel() != 1 or counts[0] == 0:
@@ -1070,6 +1074,18 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
                 f"Each row needs {self.config.chunk_size} action(s) of {action_dim} tokens, got {counts.tolist()}."
             )
         return is_action
+
+    def _without_padding(
+        self, labels: torch.LongTensor | None, action_is_pad: torch.Tensor | None
+    ) -> torch.LongTensor | None:
+        """What is learned of `labels` (B, T): -100 at the tokens of padded actions, too."""
+        if labels is None or action_is_pad is None:
+            return labels
+        is_action = self._labelled_actions(labels)
+        _check_shape("action_is_pad", action_is_pad, (len(labels), self.config.chunk_size))
+        tokens_per_action = int(is_action[0].sum()) // self.config.chunk_size
+        is_pad = action_is_pad.to(labels.device).repeat_interleave(tokens_per_action, dim=1)  # (B, K) -> (B, K * D)
+        return labels.masked_scatter(is_action, labels[is_action].masked_fill(is_pad.flatten(), -100))
 
     def _head_inputs(
         self,
@@ -1136,15 +1152,16 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         self,
         hidden: torch.Tensor,
         labels: torch.LongTensor | None,
+        learned: torch.LongTensor | None,
         logits_to_keep: int | torch.Tensor | None,
         num_items_in_batch: torch.Tensor | int | None,
     ) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """The head runs on the supervised positions alone, unless more is asked for."""
+        """The head runs on the positions of the labels alone, unless more is asked for; not all need be learned."""
         head = self.get_output_embeddings()
         loss = logits = None
         if labels is not None:
-            targets = labels[:, 1:].to(hidden.device)  # (B, T - 1), position t predicts token t + 1
-            supervised = targets != -100
+            targets = learned[:, 1:].to(hidden.device)  # (B, T - 1), position t predicts token t + 1
+            supervised = labels[:, 1:].to(hidden.device) != -100
             count = max(int(supervised.sum(dim=1).max()), 1)
             # A stable sort moves the supervised positions of each row to its end, in their order.
             kept = supervised.to(torch.uint8).argsort(dim=1, stable=True)[:, -count:]  # (B, A)
@@ -1156,7 +1173,7 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
                 num_items_in_batch=num_items_in_batch,
                 shift_labels=targets.gather(1, kept).to(logits.device),
             )
-            if not supervised.any():
+            if not (targets != -100).any():
                 logger.warning_once("`labels` supervise no token of this batch: its loss is 0.")
                 loss = logits.sum() * 0.0  # not the mean of nothing, which is NaN
         if labels is None or logits_to_keep is not None:
@@ -1170,7 +1187,7 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         predictions: torch.Tensor,
         target: torch.Tensor,
         action_is_pad: torch.Tensor | None,
-        labels: torch.Tensor,
+        learned: torch.Tensor,
         num_items_in_batch: torch.Tensor | int | None,
     ) -> torch.Tensor:
         """The head's loss, times this batch's share of the tokens that the `Trainer` accumulates over."""
@@ -1180,7 +1197,7 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         loss = self.action_head.loss(predictions, target.to(predictions.device))
         if num_items_in_batch is None:
             return loss
-        return loss * ((labels != -100).sum() / num_items_in_batch).to(loss.device)
+        return loss * ((learned != -100).sum() / num_items_in_batch).to(loss.device)
 
 
 def _in_front_of(hidden: torch.Tensor, is_action: torch.Tensor) -> torch.Tensor:

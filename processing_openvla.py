@@ -778,13 +778,27 @@ class OpenVLAProcessor(ProcessorMixin):
             raise ValueError("`fallback` is for FAST tokens; every sequence of bins is an action.")
         token_ids = token_ids.cpu().numpy() if isinstance(token_ids, torch.Tensor) else np.asarray(token_ids)
         normalized = self.codec.decode(np.atleast_2d(token_ids))  # (B, D)
-        statistics = select_row_statistics(self.norm_stats, unnorm_key, len(normalized))
         if self.chunk_size > 1:
             normalized = normalized.reshape(len(normalized), self.chunk_size, -1)  # (B, K, D)
+        actions = self.unnormalize_actions(normalized, unnorm_key)
+        return actions[0] if token_ids.ndim == 1 else actions
+
+    def unnormalize_actions(self, normalized: np.ndarray, unnorm_key: str | Sequence[str] | None = None) -> np.ndarray:
+        """
+        Actions of normalised ones, such as a head on the hidden states gives them.
+
+        Args:
+            normalized (`np.ndarray`): (B, ..., D).
+            unnorm_key (`str` or `list[str]`, *optional*): Dataset, or one per row; see `predict_action`.
+
+        Returns:
+            `np.ndarray`: float64 of the same shape, in the units of the dataset.
+        """
+        statistics = select_row_statistics(self.norm_stats, unnorm_key, len(normalized))
         rows = [
             unnormalize(row, each["action"], self.norm_type) for row, each in zip(normalized, statistics, strict=True)
         ]
-        return rows[0] if token_ids.ndim == 1 else np.stack(rows)
+        return np.stack(rows)
 
     def encode_actions(
         self, actions: np.ndarray | Sequence, unnorm_key: str | Sequence[str] | None = None

@@ -56,9 +56,15 @@ import torch  # noqa: E402
 from accelerate import PartialState  # noqa: E402
 from accelerate.utils import parse_flag_from_env  # noqa: E402
 from convert_checkpoint import STATISTICS_NAME, Source  # noqa: E402
-from load_policy import load_policy, repository_class  # noqa: E402
-from peft import PeftModel, get_peft_model  # noqa: E402
-from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback, set_seed  # noqa: E402
+from load_policy import ACTION_FIELDS, load_policy, repository_class  # noqa: E402
+from peft import PeftModel  # noqa: E402
+from transformers import (  # noqa: E402
+    PretrainedConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+    TrainerCallback,
+    set_seed,
+)
 
 from robot_data.mixture import Part  # noqa: E402
 from robot_data.statistics import compute_statistics  # noqa: E402
@@ -69,8 +75,22 @@ from training.arguments import (  # noqa: E402
     parse_arguments,
 )
 from training.checkpoint import Repository, locate_checkpoint, write_json  # noqa: E402
-from training.data import TrainingData, make_data, open_parts, read_statistics, split_weight  # noqa: E402
-from training.modes import lora_config, prepare_quantized, quantization_config, select_trainable  # noqa: E402
+from training.data import (  # noqa: E402
+    TrainingData,
+    choose_cameras,
+    make_data,
+    measure_widths,
+    open_parts,
+    read_statistics,
+    split_weight,
+)
+from training.modes import (  # noqa: E402
+    add_lora,
+    lora_config,
+    prepare_quantized,
+    quantization_config,
+    select_trainable,
+)
 from training.processes import in_main_process  # noqa: E402
 from training.trackers import continue_trackers  # noqa: E402
 from training.trainer import OpenVLATrainer  # noqa: E402
@@ -85,12 +105,73 @@ CARD_SETTINGS = (
 )
 
 
-def load_model(arguments: ModelArguments) -> tuple[PreTrainedModel | PeftModel, ProcessorMixin, torch.dtype]:
+def read_config(arguments: ModelArguments) -> PretrainedConfig:
+    """
+    The configuration of the policy as it was saved.
+
+    Raises:
+        OSError: If there is no such policy.
+    """
+    source = arguments.model_name_or_path
+    try:
+        return repository_class("OpenVLAConfig").from_pretrained(source, revision=arguments.model_revision)
+    except OSError as error:
+        raise _not_loaded(source, error) from error
+
+
+def _not_loaded(source: str, error: OSError) -> OSError:
+    return OSError(f"--model_name_or_path {source} cannot be loaded: {str(error).splitlines()[0]}")
+
+
+def asked_changes(arguments: ModelArguments) -> dict[str, Any]:
+    """The fields of the policy's configuration that the flags name."""
+    given = {name: getattr(arguments, name, None) for name in ACTION_FIELDS}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def complete_changes(
+    changes: dict[str, Any], config: PretrainedConfig, action_dim: int, proprio_dim: int | None
+) -> dict[str, Any]:
+    """
+    What changes in the policy's configuration, with the widths that a new head and the state's projector need.
+
+    Args:
+        changes (`dict[str, Any]`): From [`asked_changes`].
+        config (`PretrainedConfig`): As it was saved.
+        action_dim (`int`), proprio_dim (`int`, *optional*): Of the datasets.
+
+    Raises:
+        ValueError: If the policy takes the state, and there is none.
+    """
+    after = {name: getattr(config, name) for name in ACTION_FIELDS} | changes
+    widths: dict[str, Any] = {}
+    if after["use_proprio"] and proprio_dim is None:
+        raise ValueError(
+            "The policy takes the robot's state (`use_proprio`), and the first dataset has none: say which columns it "
+            "is with `state` in the dataset's description (--dataset_configs)."
+        )
+    if after["head_type"] != "tokens" and config.action_dim is None:
+        widths["action_dim"] = action_dim
+    if bool(after["use_proprio"]) != config.use_proprio:
+        widths["proprio_dim"] = proprio_dim if after["use_proprio"] else None
+    if after["head_type"] not in ("diffusion", "flow"):
+        widths["num_inference_steps"] = changes.get("num_inference_steps")
+    # The base's statistics, which may know no state, give way to those of the datasets.
+    return {**changes, **widths, "norm_stats": {}}
+
+
+def load_model(
+    arguments: ModelArguments, changes: dict[str, Any] | None = None
+) -> tuple[PreTrainedModel | PeftModel, ProcessorMixin, torch.dtype]:
     """
     The policy with what is to be trained in it, its processor, and the dtype of its weights on disk.
 
+    Args:
+        arguments ([`ModelArguments`]): Which policy, and what of it is trained.
+        changes (`dict[str, Any]`, *optional*): Fields of its configuration to change; see [`load_policy`].
+
     Raises:
-        ValueError: If the mode or a LoRA target does not fit the policy.
+        ValueError: If the mode, a LoRA target or the changes do not fit the policy.
         OSError: If there is no such policy.
     """
     source, revision = arguments.model_name_or_path, arguments.model_revision
@@ -104,13 +185,12 @@ def load_model(arguments: ModelArguments) -> tuple[PreTrainedModel | PeftModel, 
     if quantization is not None:
         options |= {"quantization_config": quantization, "device_map": {"": PartialState().device}}
     options = {name: value for name, value in options.items() if value is not None}
+    saved_dtype = getattr(torch, str(read_config(arguments).dtype or "float32").removeprefix("torch."))
+    dtype = _training_dtype(arguments, saved_dtype)
     try:
-        config = repository_class("OpenVLAConfig").from_pretrained(source, revision=revision)
-        saved_dtype = getattr(torch, str(config.dtype or "float32").removeprefix("torch."))
-        dtype = _training_dtype(arguments, saved_dtype)
-        model, processor = load_policy(source, revision=revision, dtype=dtype, **options)
+        model, processor = load_policy(source, revision=revision, dtype=dtype, changes=changes, **options)
     except OSError as error:
-        raise OSError(f"--model_name_or_path {source} cannot be loaded: {str(error).splitlines()[0]}") from error
+        raise _not_loaded(source, error) from error
     if quantization is not None:
         prepare_quantized(model)
     return select_parameters(model, arguments), processor, saved_dtype
@@ -142,7 +222,7 @@ def select_parameters(model: PreTrainedModel, arguments: ModelArguments) -> PreT
         dropout=arguments.lora_dropout,
         target_modules=targets[0] if len(targets) == 1 else targets,
     )
-    return get_peft_model(model, lora, low_cpu_mem_usage=model.device.type == "meta")
+    return add_lora(model, lora)
 
 
 def prepare_statistics(
@@ -209,14 +289,14 @@ def check_judging(flag: str, packages: Sequence[str], training: OpenVLATrainingA
 
 def warm_up(model: PreTrainedModel) -> None:
     """
-    One forward pass on the CPU that is thrown away.
+    One forward pass of the decoder on the CPU that is thrown away.
 
     In about one process of forty, torch 2.13's CPU build computes half of the first cosine of the rotary embedding
     with an error of 1e-4; from the second forward pass on it is right, and a resumed run equal to the bit.
     """
-    side, channels = model.config.image_sizes[0], 3 * len(model.config.image_sizes)
+    length, width = 39 + model.config.num_image_tokens, model.config.text_config.hidden_size
     with torch.no_grad():
-        model(input_ids=torch.arange(1, 40)[None], pixel_values=torch.zeros(1, channels, side, side))
+        model.get_decoder()(inputs_embeds=torch.zeros(1, length, width, dtype=model.dtype))
 
 
 def train_without_validation(training: OpenVLATrainingArguments) -> None:
@@ -243,8 +323,13 @@ def set_up(
         check_judging("--rollout_episodes", ("mujoco", "gymnasium"), training)
     check_output_dir(training.output_dir)
     set_seed(training.seed)
-    parts = open_parts(data_arguments)
-    model, processor, saved_dtype = load_model(model_arguments)
+    config, changes = read_config(model_arguments), asked_changes(model_arguments)
+    parts = open_parts(data_arguments, changes.get("num_images", config.num_images))
+    if changes:
+        changes = complete_changes(changes, config, *measure_widths(parts[0]))
+    model, processor, saved_dtype = load_model(model_arguments, changes)
+    if processor.head_type in ("diffusion", "flow") and data_arguments.validation_episodes:
+        check_judging(f"Validation of a {processor.head_type!r} head (--validation_episodes)", (), training)
     statistics = prepare_statistics(parts, data_arguments, training, checkpoint)
     base_model = model.get_base_model() if model_arguments.use_peft else model
     base_model.norm_stats = processor.norm_stats = statistics
@@ -291,7 +376,8 @@ def make_judges(
         return [], None
     from training.judging import OpenLoopCallback, TabletopRollouts
 
-    pictures = OpenLoopCallback(model, processor, data.curves, arguments.camera)
+    cameras = choose_cameras(arguments.camera, processor.num_images)
+    pictures = OpenLoopCallback(model, processor, data.curves, cameras)
     return (
         [pictures] if arguments.plot_open_loop else [],
         TabletopRollouts(model, processor, training) if training.rollout_episodes else None,
@@ -318,7 +404,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", FutureWarning)
     model_arguments, data_arguments, training = parse_arguments(arguments)
     logging.basicConfig(level=logging.WARNING)
-    logger.setLevel(logging.INFO if training.should_log else logging.WARNING)
+    for told in (logger, logging.getLogger("load_policy")):
+        told.setLevel(logging.INFO if training.should_log else logging.WARNING)
     trainer, checkpoint = set_up(model_arguments, data_arguments, training)
     size = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
     logger.info("Effective batch size %d", size)

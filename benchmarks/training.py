@@ -156,14 +156,20 @@ def make_batch(setup: Setup, model: nn.Module) -> dict[str, torch.Tensor]:
     length, position = setup.text_length - shorter, torch.arange(setup.text_length)[None]  # (B, 1), (1, L)
     is_text = position < length  # (B, L)
     ids = torch.randint(3, 1000, shape, generator=generator)
-    input_ids = ids.masked_fill(position == 0, 1).masked_fill(~is_text, model.config.pad_token_id)
     is_learned = is_text & (position >= length - NUM_SUPERVISED)
+    is_action = is_learned & (position < length - 1)
+    config = model.config
+    actions = torch.randint(config.action_token_begin, config.action_token_end, shape, generator=generator)
+    ids = torch.where(is_action, actions, ids)
+    input_ids = ids.masked_fill(position == 0, 1).masked_fill(~is_text, model.config.pad_token_id)
+    input_ids = input_ids.masked_fill(is_learned & ~is_action, model.config.stop_token_id)
     side, channels = model.config.image_sizes[0], 3 * len(model.config.image_sizes)
     return {
         "input_ids": input_ids,
         "attention_mask": is_text.long(),
         "labels": input_ids.masked_fill(~is_learned, IGNORE_INDEX),
         "pixel_values": torch.randn(setup.batch_size, channels, side, side, generator=generator),
+        "action_is_pad": torch.zeros(setup.batch_size, 1, dtype=torch.bool),
     }
 
 
@@ -186,8 +192,9 @@ def trainer_step(model: nn.Module, batch: dict[str, torch.Tensor]) -> Step:
         max_grad_norm=MAX_GRAD_NORM,
         use_cpu=True,
     )
+    processor = SimpleNamespace(codec=model.codec, head_type="tokens")
     data = TrainingData(stream=NoStream(), held_out=[], curves=[], num_steps=1, collator=None, plain_collator=None)
-    trainer = OpenVLATrainer(model, arguments, data, SimpleNamespace(processor=SimpleNamespace(codec=model.codec)))
+    trainer = OpenVLATrainer(model, arguments, data, SimpleNamespace(processor=processor))
     optimizer = trainer.create_optimizer()
     num_items = (batch["labels"] != IGNORE_INDEX).sum()
 

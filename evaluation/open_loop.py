@@ -5,12 +5,13 @@ It tells within minutes whether a model has learned its data at all. It does not
 in closed loop, and a large one may be another good way to the goal.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
 
+from robot_data.collation import camera_roles
 from robot_data.episode import DIMENSIONS, Episode, dimension_names
 from robot_data.pictures import decode
 from robot_data.sources import open_source
@@ -23,8 +24,10 @@ NUM_CURVES = 2  # episodes that are predicted whole, to be drawn
 class Predictor(Protocol):
     """What is checked: a [`ModelPolicy`], or a floor to compare it with."""
 
-    def predict(self, instructions: list[str], images: list[np.ndarray]) -> np.ndarray:
-        """Actions (B, D) for a batch of observations."""
+    def predict(
+        self, instructions: list[str], images: list[list[np.ndarray]], states: list[np.ndarray] | None
+    ) -> np.ndarray:
+        """Actions (B, D) for a batch of observations, of each row the pictures of all cameras."""
 
 
 class RandomPredictor:
@@ -40,7 +43,9 @@ class RandomPredictor:
         actions = np.concatenate([episode.recorded for episode in episodes])  # (N, D)
         self.low, self.high, self.rng = actions.min(axis=0), actions.max(axis=0), np.random.default_rng(seed)
 
-    def predict(self, instructions: list[str], images: list[np.ndarray]) -> np.ndarray:
+    def predict(
+        self, instructions: list[str], images: list[list[np.ndarray]], states: list[np.ndarray] | None
+    ) -> np.ndarray:
         return self.rng.uniform(self.low, self.high, (len(instructions), len(self.low)))
 
 
@@ -92,23 +97,38 @@ class RecordedFrames:
 
     Args:
         dataset (`str`): As [`open_source`] takes it.
-        camera (`str`, *optional*): Key of the picture that the policy sees; by default the dataset's main one.
+        cameras (`Sequence[str]`, *optional*): Keys of the pictures that the policy sees, in its order; by default the
+            dataset's main one and behind it those at the wrists.
+        num_images (`int`, defaults to 1): How many the policy sees.
+        use_proprio (`bool`, defaults to `False`): Whether it takes the state.
 
     Raises:
-        ValueError: If there is no such dataset or camera, or nothing in it.
+        ValueError: If there is no such dataset or camera, nothing in it, or no state; or if other cameras are named
+            than so many.
     """
 
-    def __init__(self, dataset: str, camera: str | None = None):
+    def __init__(
+        self, dataset: str, cameras: Sequence[str] | None = None, num_images: int = 1, use_proprio: bool = False
+    ):
         self.source = open_source(dataset)
         if not self.source.num_units:
             raise ValueError(f"{self.source.name} has no episodes.")
-        entry = {"state": None, "cameras": ["primary"] if camera is None else {"primary": camera}}
+        self.roles = camera_roles(num_images)
+        if cameras is not None and len(cameras) != num_images:
+            raise ValueError(f"The policy looks at {num_images} image(s) (`num_images`), got the cameras {cameras}.")
+        entry: dict[str, Any] = {
+            "cameras": self.roles if cameras is None else dict(zip(self.roles, cameras, strict=True))
+        }
+        if not use_proprio:
+            entry["state"] = None
         self.config = config_for(self.source.name, self.source.columns, self.source.images, entry)
+        if use_proprio and not self.config.state:
+            raise ValueError(f"The policy takes the robot's state (`use_proprio`), and {self.source.name} has none.")
 
     @property
-    def cameras(self) -> tuple[str, ...]:
-        """Keys of the picture that the policy sees, of which each episode has one."""
-        return self.config.cameras["primary"]
+    def cameras(self) -> list[str]:
+        """Keys of the pictures that the policy sees; where a role has several, each episode has one of them."""
+        return [key for role in self.roles for key in self.config.cameras[role]]
 
     def episodes(self, limit: int | None = None) -> list[Comparison]:
         """The first episodes, all by default; pictures are not touched."""
@@ -120,14 +140,17 @@ class RecordedFrames:
                 break
         return found[:limit]
 
-    def frames(self, episodes: list[Comparison]) -> Iterator[tuple[Comparison, int, np.ndarray]]:
-        """The wanted frames of the episodes: episode, step, and picture as uint8 (H, W, 3)."""
+    def frames(
+        self, episodes: list[Comparison]
+    ) -> Iterator[tuple[Comparison, int, list[np.ndarray], np.ndarray | None]]:
+        """The wanted frames of the episodes: episode, step, pictures as uint8 (H, W, 3), and state (S,) or None."""
         wanted = {(episode.unit, episode.index): episode for episode in episodes if episode.is_wanted.any()}
         for unit in dict.fromkeys(unit for unit, _ in wanted):
             for read in self._read(unit, pictures=True):
                 if episode := wanted.get((unit, read.index)):
                     for step in np.flatnonzero(episode.is_wanted).tolist():
-                        yield episode, step, decode(read.images["primary"][step])
+                        pictures = [decode(read.images[role][step]) for role in self.roles]
+                        yield episode, step, pictures, None if read.states is None else read.states[step]
 
     def _read(self, unit: int, pictures: bool) -> Iterator[Episode]:
         config = self.config if pictures else replace(self.config, cameras={})
@@ -177,13 +200,14 @@ def predict(
     Raises:
         ValueError: If the policy's actions are not of the dataset's dimension.
     """
-    batch: list[tuple[Comparison, int, np.ndarray]] = []
     frames = dataset.frames(episodes)
     while batch := [frame for _, frame in zip(range(batch_size), frames, strict=False)]:
         actions = predictor.predict(
-            [episode.instructions[step] for episode, step, _ in batch], [picture for _, _, picture in batch]
+            [episode.instructions[step] for episode, step, _, _ in batch],
+            [pictures for _, _, pictures, _ in batch],
+            [state for _, _, _, state in batch] if dataset.config.state else None,
         )
-        for (episode, step, _), action in zip(batch, actions, strict=True):
+        for (episode, step, _, _), action in zip(batch, actions, strict=True):
             if action.shape != episode.recorded[step].shape:
                 raise ValueError(
                     f"The policy's actions have {len(action)} dimensions, and the recorded ones "

@@ -1,6 +1,6 @@
 """What a rollout drives: a model, or a baseline that tells whether the wiring or the model is at fault."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import numpy as np
@@ -90,19 +90,31 @@ class ModelPolicy:
 
     def act(self, runs: list[Run]) -> np.ndarray:
         """Actions (B, D): where the chunk of a run is spent, from a new one, in one batch for all such runs."""
-        kept = {run.index: self._queues[run.index] for run in runs if run.episode.steps}
-        self._queues = {run.index: kept.get(run.index) or self._make_queue() for run in runs}
-        asking = [run for run in runs if self._queues[run.index].needs_chunk]
+        begun = [run.index for run in runs if not run.episode.steps]
+        return self.next_actions({run.index: run.observation for run in runs}, begun)
+
+    def next_actions(self, observations: dict[int, dict[str, Any]], begun: Collection[int]) -> np.ndarray:
+        """
+        The next action of each episode that runs, (B, D).
+
+        Args:
+            observations (`dict[int, dict]`): By the number of the episode: its `instruction`, the pictures of
+                `cameras`, and the `state`, if the policy takes one.
+            begun (`Collection[int]`): The episodes that begin: no chunk under their numbers is theirs.
+        """
+        kept = {index: queue for index, queue in self._queues.items() if index not in begun}
+        self._queues = {index: kept.get(index) or self._make_queue() for index in observations}
+        asking = [index for index in observations if self._queues[index].needs_chunk]
         if asking:
-            observations = [run.observation for run in asking]
+            seen = [observations[index] for index in asking]
             chunks = self.predict_chunks(
-                [observation["instruction"] for observation in observations],
-                [[observation[camera] for camera in self.cameras] for observation in observations],
-                [observation["state"] for observation in observations] if self.processor.use_proprio else None,
+                [observation["instruction"] for observation in seen],
+                [[observation[camera] for camera in self.cameras] for observation in seen],
+                [observation["state"] for observation in seen] if self.processor.use_proprio else None,
             )
-            for run, chunk in zip(asking, chunks, strict=True):
-                self._queues[run.index].add(chunk)
-        return np.stack([self._queues[run.index].next_action() for run in runs])
+            for index, chunk in zip(asking, chunks, strict=True):
+                self._queues[index].add(chunk)
+        return np.stack([queue.next_action() for queue in self._queues.values()])
 
     def predict_chunks(
         self, instructions: list[str], images: list[list[np.ndarray]], states: list[np.ndarray] | None = None
@@ -126,18 +138,11 @@ class ModelPolicy:
         actions = self.model.predict_action(**inputs, unnorm_key=self.unnorm_key)
         return actions.reshape(len(instructions), self.processor.chunk_size, -1)  # (D,), (B, D), (K, D) -> (B, K, D)
 
-    def predict(self, instructions: list[str], images: list[np.ndarray]) -> np.ndarray:
-        """
-        Actions for a batch of observations, by a policy that looks at one camera alone.
-
-        Args:
-            instructions (`list[str]`): One per row.
-            images (`list[np.ndarray]`): uint8 (H, W, 3), one per row.
-
-        Returns:
-            `np.ndarray`: float64 (B, D), of chunks the first action.
-        """
-        return self.predict_chunks(instructions, [[image] for image in images])[:, 0]
+    def predict(
+        self, instructions: list[str], images: list[list[np.ndarray]], states: list[np.ndarray] | None = None
+    ) -> np.ndarray:
+        """Of each chunk of [`predict_chunks`] the first action: float64 (B, D)."""
+        return self.predict_chunks(instructions, images, states)[:, 0]
 
     def bins(self, actions: np.ndarray) -> np.ndarray:
         """

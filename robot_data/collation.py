@@ -1,4 +1,4 @@
-"""Training batches of steps, through the policy's own processor: action tokens, or the actions themselves."""
+"""Training batches of steps, through the policy's own processor: what the policy sees, and the actions to learn."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -17,88 +17,92 @@ IGNORE_INDEX = -100
 @dataclass(frozen=True)
 class Collator:
     """
-    Makes a training batch of steps: pictures decoded, resized and augmented, actions as tokens behind the prompts.
+    Makes a training batch of steps: pictures decoded, resized and augmented, and what else the policy takes.
 
     Pictures are resized as the processor does it and augmented afterwards, the order that OpenVLA was trained in.
     With an augmentation its random crop takes the place of the processor's centre crop.
 
     Args:
-        processor: The policy's, with the statistics of every dataset that comes up.
-        camera (`str`, defaults to `"primary"`): Role of the picture that the policy looks at.
-        augmentation (`Augmentation`, *optional*): Varies the pictures; drawn from each step's own seed.
-        predict_stop_token (`bool`, defaults to `True`): Whether the token after the action is learned, too.
-        continuous (`bool`, defaults to `False`): Hand on the actions as they are, chunks too, in place of tokens.
+        processor: The policy's, with the statistics of every dataset that comes up. It tells how many pictures a
+            policy looks at, how long its chunks are, and whether it takes the state.
+        cameras (`tuple[str]`, *optional*): Roles of these pictures, in the policy's order. By default those of
+            [`camera_roles`].
+        augmentation (`Augmentation`, *optional*): Varies the pictures, each camera's by itself; drawn from each step's
+            own seed.
+        predict_stop_token (`bool`, defaults to `True`): Whether the token after the actions is learned, too. A head on
+            the hidden states never learns it.
     """
 
     processor: Any
-    camera: str = "primary"
+    cameras: tuple[str, ...] | None = None
     augmentation: Augmentation | None = None
     predict_stop_token: bool = True
-    continuous: bool = False
 
     def __call__(self, steps: list[Step]) -> dict[str, torch.Tensor]:
         """
         Args:
-            steps (`list[Step]`): B steps with actions of one length, and chunks of one action unless `continuous`.
+            steps (`list[Step]`): B steps with chunks of the policy's length, and actions of one dimension.
 
         Returns:
-            `dict`: `input_ids`, `attention_mask` and `labels` (B, L), and `pixel_values` (B, C, S, S). Padding is on
-            the processor's side, no longer than the longest row asks for. Labels are -100 outside the tokens of the
-            action and the stop token. With `continuous` there are no labels, but, in the datasets' units, `actions`
-            float32 (B, K, D) with `action_is_pad` bool (B, K), and, where the steps have one, `states` float32
-            (B, S).
+            `dict`: `input_ids`, `attention_mask` and `labels` (B, L); `pixel_values` (B, images * C, S, S);
+            `action_is_pad` bool (B, K); where the policy takes the state, `proprio` (B, P); for a head on the hidden
+            states, the normalised `actions` float32 (B, K, D). Padding is on the processor's side, no longer than the
+            longest row asks for. Labels are -100 outside the tokens of the actions, which say where the actions are,
+            of padded ones as well, and the stop token.
 
         Raises:
-            ValueError: If a picture is missing or cannot be decoded, or the processor holds no statistics of a
-                step's dataset; names the step.
+            ValueError: If a picture or a state is missing, a picture cannot be decoded or a chunk has another length,
+                naming the step; or if the processor holds no statistics of a step's dataset.
         """
-        learned = {} if self.continuous else _learned_actions(steps)
+        chunks = np.stack([self._chunk(step) for step in steps])  # (B, K, D)
         batch = self.processor(
             instruction=[step.instruction for step in steps],
-            images=[self._picture(step) for step in steps],
+            images=[self._pictures(step) for step in steps],
             padding=True,
             do_center_crop=self.augmentation is None,
-            **learned,
+            actions=chunks if self.processor.chunk_size > 1 else chunks[:, 0],
+            unnorm_key=[step.dataset for step in steps],
+            **({"state": np.stack([_state(step) for step in steps])} if self.processor.use_proprio else {}),
         )
-        if self.continuous:
-            return {**batch, **_numbers(steps)}
-        if not self.predict_stop_token:
+        if not self.predict_stop_token or self.processor.head_type != "tokens":
             is_stop = batch["labels"] == self.processor.tokenizer.eos_token_id
             batch["labels"][is_stop] = IGNORE_INDEX
-        return dict(batch)
+        return {**batch, "action_is_pad": torch.from_numpy(np.stack([step.action_is_pad for step in steps]))}
 
-    def _picture(self, step: Step) -> np.ndarray:
-        """uint8 (S, S, 3)."""
-        if self.camera not in step.images:
-            raise ValueError(f"{_name(step)} has no camera {self.camera!r}; it has {sorted(step.images)}.")
+    def _pictures(self, step: Step) -> list[np.ndarray]:
+        """uint8 (S, S, 3) of each camera."""
+        cameras = self.cameras or camera_roles(self.processor.num_images)
+        return [self._picture(step, camera, index) for index, camera in enumerate(cameras)]
+
+    def _picture(self, step: Step, camera: str, index: int) -> np.ndarray:
+        if camera not in step.images:
+            raise ValueError(f"{_name(step)} has no camera {camera!r}; it has {sorted(step.images)}.")
         try:
-            picture = self.processor.image_processor.resize(decode(step.images[self.camera]))
+            picture = self.processor.image_processor.resize(decode(step.images[camera]))
         except ValueError as error:
-            raise ValueError(f"{_name(step)}, camera {self.camera!r}: {error}") from error
-        return picture if self.augmentation is None else self.augmentation(picture, step.seed)
+            raise ValueError(f"{_name(step)}, camera {camera!r}: {error}") from error
+        return picture if self.augmentation is None else self.augmentation(picture, step.seed + index)
+
+    def _chunk(self, step: Step) -> np.ndarray:
+        """(K, D)."""
+        expected = self.processor.chunk_size
+        if len(step.action) != expected:
+            raise ValueError(
+                f"{_name(step)} has a chunk of {len(step.action)} actions; the policy's chunks have {expected}."
+            )
+        return step.action
 
 
-def _learned_actions(steps: list[Step]) -> dict[str, Any]:
-    """What the processor makes tokens of."""
-    actions = np.stack([_single_action(step) for step in steps])  # (B, D)
-    return {"actions": actions, "unnorm_key": [step.dataset for step in steps]}
+def camera_roles(num_images: int) -> tuple[str, ...]:
+    """Roles of the pictures that a policy looks at: the third-person view, and behind it those at the wrists."""
+    return ("primary", "wrist", *(f"wrist_{number}" for number in range(2, num_images)))[:num_images]
 
 
-def _numbers(steps: list[Step]) -> dict[str, torch.Tensor]:
-    columns = {
-        "actions": [step.action for step in steps],  # (B, K, D)
-        "action_is_pad": [step.action_is_pad for step in steps],  # (B, K)
-    }
-    if steps[0].state is not None:
-        columns["states"] = [step.state for step in steps]  # (B, S)
-    return {name: torch.from_numpy(np.stack(values)) for name, values in columns.items()}
-
-
-def _single_action(step: Step) -> np.ndarray:
-    """(D,) of a chunk (1, D)."""
-    if len(step.action) != 1:
-        raise ValueError(f"{_name(step)} has a chunk of {len(step.action)} actions; action tokens speak of one.")
-    return step.action[0]
+def _state(step: Step) -> np.ndarray:
+    """(S,)."""
+    if step.state is None:
+        raise ValueError(f"{_name(step)} has no state, and the policy takes one (`use_proprio`).")
+    return step.state
 
 
 def _name(step: Step) -> str:

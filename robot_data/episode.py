@@ -173,6 +173,20 @@ class Episode:
     def __len__(self) -> int:
         return len(self.actions)
 
+    def chunks(self, indices: np.ndarray, chunk_size: int) -> tuple[np.ndarray, np.ndarray]:
+        """
+        The actions from some steps on. Beyond the episode's end the last one is repeated.
+
+        Args:
+            indices (`np.ndarray`): The steps (N,).
+            chunk_size (`int`): Actions of each, K.
+
+        Returns:
+            `tuple`: Actions (N, K, D), and bool (N, K), true beyond the end.
+        """
+        places, last = indices[:, None] + np.arange(chunk_size), len(self) - 1  # (N, K)
+        return self.actions[np.minimum(places, last)], places > last
+
 
 @dataclass
 class Step:

@@ -38,10 +38,7 @@ def _make_steps(
     episode: Episode, indices: np.ndarray, seeds: np.ndarray, chunk_size: int, is_checked: bool
 ) -> list[Step]:
     """Some steps of an episode, each with its seed and the chunk of actions that begins with it."""
-    last = len(episode) - 1
-    places = indices[:, None] + np.arange(chunk_size)  # (N, K)
-    actions = episode.actions[np.minimum(places, last)]  # (N, K, D)
-    is_pad = places > last
+    actions, is_pad = episode.chunks(indices, chunk_size)  # (N, K, D), (N, K)
     states = None if episode.states is None else episode.states[indices]  # (N, S)
     indices = indices.tolist()
     pictures = {role: _read_pictures(episode, role, indices, is_checked) for role in episode.images}

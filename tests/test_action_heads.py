@@ -353,6 +353,19 @@ class TestHeads:
         with pytest.raises(ValueError, match="the towers need `instruction`"):
             model.get_image_features(pixels)
 
+    def test_film_in_float32_modulates_towers_in_16_bits(self):
+        model, processor = make_policy(**KINDS["film"])
+        batch = observations(processor, actions=ACTIONS)
+        with torch.no_grad():
+            expected = model(**batch).head_predictions
+            model.bfloat16()
+            for tower in model.vision_backbone.towers:
+                for block in tower.blocks:
+                    block.film.float()
+            predictions = model(**batch).head_predictions
+        assert predictions.dtype == torch.bfloat16
+        assert (predictions - expected).abs().mean() < 0.1 * expected.abs().mean()
+
     def test_fresh_projectors_let_their_input_through(self):
         torch.manual_seed(0)
         model = repository_class("OpenVLAForActionPrediction")(make_config(**KINDS["flow"]))
@@ -403,9 +416,30 @@ class TestTraining:
             loss = model(**batch, action_is_pad=is_pad).loss
         assert loss.item() == pytest.approx((predictions - batch["actions"][:, :2]).abs().mean().item(), rel=1e-5)
 
+    @pytest.mark.parametrize("kind", ["tokens", "causal"])
+    def test_padded_tokens_do_not_count(self, policies, kind):
+        """They keep their positions, and their logits are returned."""
+        model, processor = policies(kind)
+        size = model.config.chunk_size
+        batch = observations(processor, actions=ACTIONS[:, :size])
+        is_pad = torch.zeros(3, size, dtype=torch.bool)
+        is_pad[0, -1] = True
+        with torch.no_grad():
+            whole = model(**batch)
+            padded = model(**batch, action_is_pad=is_pad, num_items_in_batch=3 * (7 * size + 1) - 7)
+            alone = model(**batch, action_is_pad=is_pad)
+        labels = torch.stack([row[row != -100] for row in batch["labels"]])  # (B, K * D + 1)
+        torch.testing.assert_close(padded.logits, whole.logits)
+        losses = torch.nn.functional.cross_entropy(whole.logits.transpose(1, 2), labels, reduction="none")
+        losses[0, 7 * (size - 1) : 7 * size] = 0.0
+        expected = losses.sum() / (3 * (7 * size + 1) - 7)
+        torch.testing.assert_close(padded.loss, expected)
+        torch.testing.assert_close(alone.loss, expected)
+
     @pytest.mark.parametrize(
         "kind, changes, message",
         [
+            ("tokens", {"action_is_pad": torch.zeros(3, 2, dtype=torch.bool)}, r"`action_is_pad` must be of shape"),
             ("l1", {"actions": None}, "learns from `actions` and `labels` together"),
             ("l1", {"actions": torch.zeros(3, 2, 7)}, r"`actions` must be of shape \(3, 3, 7\)"),
             ("flow", {"actions": None, "labels": None}, "needs `labels` and `actions`"),
@@ -497,6 +531,14 @@ class TestProcessor:
         assert decoded.shape == (3, CHUNK, 7)
         np.testing.assert_allclose(decoded, ACTIONS, atol=1 / 255)
         np.testing.assert_allclose(processor.decode_actions(ids[0, :-1]), decoded[0])
+
+    def test_normalised_actions_get_their_units_back(self, processor):
+        batch = observations(processor, actions=ACTIONS)
+        statistics = processor.norm_stats[KEY]["action"]
+        changes = np.array(statistics["max"]) > np.array(statistics["min"])
+        actions = processor.unnormalize_actions(batch["actions"].numpy(), KEY)
+        assert actions.dtype == np.float64
+        np.testing.assert_allclose(actions[..., changes], ACTIONS[..., changes], atol=1e-6)
 
     def test_no_stop_token(self):
         _, processor = make_policy(**KINDS["tokens"] | {"append_stop_token": False})

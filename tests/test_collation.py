@@ -5,10 +5,12 @@ import io
 import numpy as np
 import pytest
 import torch
+from conftest import REPOSITORY
+from load_policy import repository_class
 from PIL import Image
 
 from robot_data.augmentation import Augmentation
-from robot_data.collation import IGNORE_INDEX, Collator
+from robot_data.collation import IGNORE_INDEX, Collator, camera_roles
 from robot_data.episode import Step
 
 
@@ -84,27 +86,93 @@ def test_the_stop_token_can_be_left_out(processor, collated):
     torch.testing.assert_close(without["input_ids"], batch["input_ids"], rtol=0, atol=0)
 
 
-def test_actions_are_handed_on_as_they_are(processor, collated):
-    chunks = np.random.default_rng(0).normal(size=(4, 3, 7)).astype(np.float32)
-    pads = np.tri(4, 3, -1, dtype=bool)
-    steps = [
-        make_step(frame, action=chunks[frame], action_is_pad=pads[frame], state=np.full(8, frame, np.float32))
+STATE = {"q01": [-1.0] * 8, "q99": [1.0, 3.0] * 4}
+STATE |= {"min": STATE["q01"], "max": STATE["q99"], "mean": [0.0] * 8, "std": [1.0] * 8}
+
+
+@pytest.fixture
+def oft():
+    """The processor of a policy with a head, two cameras, chunks of three and the state."""
+    processor = repository_class("OpenVLAProcessor").from_pretrained(
+        REPOSITORY, head_type="l1", chunk_size=3, num_images=2, use_proprio=True
+    )
+    processor.norm_stats["tabletop"]["proprio"] = STATE
+    return processor
+
+
+def chunk_steps() -> list[Step]:
+    rng = np.random.default_rng(0)
+    return [
+        make_step(
+            frame,
+            action=rng.uniform(-0.9, 0.9, (3, 7)).astype(np.float32),
+            action_is_pad=np.arange(3) > 2 - frame % 3,
+            state=rng.uniform(-1, 1, 8).astype(np.float32),
+        )
         for frame in range(4)
     ]
-    batch = Collator(processor, continuous=True)(steps)
-    assert (batch["actions"].numpy() == chunks).all() and batch["actions"].dtype == torch.float32
-    assert (batch["action_is_pad"].numpy() == pads).all()
-    assert (batch["states"].numpy() == np.arange(4)[:, None]).all() and batch["states"].shape == (4, 8)
-    prompts = processor(instruction=[step.instruction for step in steps], padding=True)
-    torch.testing.assert_close(batch["input_ids"], prompts["input_ids"], rtol=0, atol=0)
-    torch.testing.assert_close(batch["attention_mask"], prompts["attention_mask"], rtol=0, atol=0)
-    torch.testing.assert_close(batch["pixel_values"], collated[1]["pixel_values"], rtol=0, atol=0)
-    assert "labels" not in batch
-    assert "states" not in Collator(processor, continuous=True)([make_step()])
+
+
+def test_a_head_gets_cameras_state_and_normalised_chunks(oft):
+    steps = chunk_steps()
+    batch = Collator(oft)(steps)
+    assert set(batch) == {
+        *("input_ids", "attention_mask", "labels", "pixel_values", "proprio", "actions", "action_is_pad")
+    }
+    action = oft.norm_stats["tabletop"]["action"]
+    low, high, mask = (np.array(action[name]) for name in ("q01", "q99", "mask"))
+    for row, step in enumerate(steps):
+        pictures = [oft.image_processor(picture(seed))["pixel_values"][0] for seed in (step.frame, step.frame + 100)]
+        torch.testing.assert_close(batch["pixel_values"][row], torch.cat(pictures), rtol=0, atol=0)
+        expected = np.clip(2 * (step.state - STATE["q01"]) / (np.array(STATE["q99"]) - STATE["q01"]) - 1, -1, 1)
+        np.testing.assert_allclose(batch["proprio"][row], expected, atol=1e-6)
+        expected = np.where(mask, 2 * (step.action - low) / np.where(mask, high - low, 1) - 1, step.action)
+        np.testing.assert_allclose(batch["actions"][row], expected, atol=1e-6)
+        labels = batch["labels"][row]
+        is_action = labels != IGNORE_INDEX
+        assert labels[is_action].tolist() == oft.encode_actions(step.action, "tabletop").flatten().tolist()
+        assert batch["input_ids"][row][is_action].tolist() == labels[is_action].tolist()
+    assert batch["action_is_pad"].tolist() == [step.action_is_pad.tolist() for step in steps]
+    assert (batch["actions"].dtype, batch["actions"].shape) == (torch.float32, (4, 3, 7))
+
+
+def test_tokens_of_chunks(oft):
+    """The stop token is learned behind them, padded actions keep their places, and there are no other actions."""
+    oft.head_type, oft.use_proprio = "tokens", False
+    steps = chunk_steps()
+    batch = Collator(oft)(steps)
+    assert not {"actions", "proprio"} & set(batch)
+    for row, step in enumerate(steps):
+        labels = batch["labels"][row]
+        ids = oft.encode_actions(step.action, "tabletop").flatten().tolist()
+        assert labels[labels != IGNORE_INDEX].tolist() == [*ids, oft.tokenizer.eos_token_id]
+
+
+def test_single_actions_are_never_padded(collated):
+    assert collated[1]["action_is_pad"].tolist() == [[False]] * 4
+    assert not {"actions", "proprio"} & set(collated[1])
+
+
+def test_roles_of_cameras():
+    assert camera_roles(1) == ("primary",)
+    assert camera_roles(4) == ("primary", "wrist", "wrist_2", "wrist_3")
+
+
+def test_each_camera_is_augmented_by_itself(oft):
+    same = {"primary": picture(5), "wrist": picture(5)}
+    (step, *_) = chunk_steps()
+    step.images = same
+    augmentation = Augmentation()
+    (pixels,) = Collator(oft, augmentation=augmentation)([step])["pixel_values"]
+    resized = oft.image_processor.resize(picture(5))
+    for camera, expected in enumerate(pixels.chunk(2)):
+        augmented = oft.image_processor(augmentation(resized, step.seed + camera))["pixel_values"][0]
+        torch.testing.assert_close(augmented, expected, rtol=0, atol=0)
+    assert not torch.equal(*pixels.chunk(2))
 
 
 def test_another_camera(processor):
-    batch = Collator(processor, camera="wrist")([make_step(1)])
+    batch = Collator(processor, cameras=("wrist",))([make_step(1)])
     expected = processor.image_processor(picture(101))["pixel_values"]
     torch.testing.assert_close(batch["pixel_values"], expected, rtol=0, atol=0)
 
@@ -142,7 +210,7 @@ def test_the_random_crop_takes_the_place_of_the_centre_crop(processor):
         ({"images": {"wrist": picture(0)}}, "tabletop, episode 3, frame 0 has no camera 'primary'; it has ['wrist']"),
         ({"images": {"primary": b"\x89PNG broken"}}, "tabletop, episode 3, frame 0, camera 'primary': A picture of"),
         ({"images": {"primary": b""}}, "frame 0, camera 'primary': The picture is empty"),
-        ({"action": np.zeros((2, 7), np.float32)}, "frame 0 has a chunk of 2 actions"),
+        ({"action": np.zeros((2, 7), np.float32)}, "frame 0 has a chunk of 2 actions; the policy's chunks have 1"),
         ({"instruction": " "}, "Every instruction needs words"),
     ],
 )
@@ -155,3 +223,10 @@ def test_bad_steps_are_named(processor, changes, message):
 def test_unknown_dataset(processor):
     with pytest.raises(ValueError, match="moon"):
         Collator(processor)([make_step(dataset="moon")])
+
+
+def test_a_missing_state_is_named(oft):
+    (step, *_) = chunk_steps()
+    step.state = None
+    with pytest.raises(ValueError, match="tabletop, episode 3, frame 0 has no state, and the policy takes one"):
+        Collator(oft)([step])

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import FIXTURES, REPOSITORY
 from huggingface_hub import ModelCard, ModelCardData
+from load_policy import load_policy
 from PIL import Image, ImageDraw
 
 from evaluation import report
@@ -572,3 +573,53 @@ class TestCommand:
         (tmp_path / "dataset_statistics.json").write_text(json.dumps(statistics))
         assert run("--policy", tmp_path) == 1
         assert "7 dimensions; the model's have 6" in capsys.readouterr().err
+
+
+class TestChunks:
+    """How the chunks of a policy are spent, by flags."""
+
+    @pytest.fixture(scope="class")
+    def chunked(self, tmp_path_factory):
+        """The policy of this checkout with chunks of three, two cameras and the state."""
+        directory = tmp_path_factory.mktemp("chunked") / "policy"
+        changes = {"chunk_size": 3, "num_images": 2, "use_proprio": True, "proprio_dim": 8, "norm_stats": {}}
+        model, processor = load_policy(REPOSITORY, changes=changes)
+        bounds = {"q01": [-1.0] * 8, "q99": [1.0] * 8, "min": [-1.0] * 8, "max": [1.0] * 8}
+        model.norm_stats = {"tabletop": {**processor.norm_stats["tabletop"], "proprio": bounds}}
+        model.save_pretrained(directory)
+        processor.save_pretrained(directory)
+        return directory
+
+    @pytest.mark.parametrize(
+        ("flags", "calls"), [((), 2), (("--actions_per_chunk", 1), 4), (("--temporal_ensemble", 0.01), 4)]
+    )
+    def test_rollouts(self, chunked, monkeypatch, flags, calls):
+        asked, predict = [], ModelPolicy.predict_chunks
+
+        def remember(policy, instructions, images, states):
+            asked.append(([len(row) for row in images], np.shape(states)))
+            return predict(policy, instructions, images, states)
+
+        monkeypatch.setattr(ModelPolicy, "predict_chunks", remember)
+        arguments = ("--policy", chunked, "--tasks", "push", "--episodes", 1, "--max_steps", 4, *flags)
+        assert run(*arguments) == 0
+        assert asked == [([2], (1, 8))] * calls
+
+    def test_open_loop(self, chunked, tmp_path):
+        dataset = FIXTURES / "lerobot" / "v30_images"
+        arguments = ("--policy", chunked, "--open_loop", dataset, "--frames", 2, "--episodes", 1)
+        assert run(*arguments, "--output_dir", tmp_path) == 0
+        results = json.loads((tmp_path / "open_loop.json").read_text())
+        assert results["cameras"] == ["observation.images.front", "observation.images.wrist"]
+
+    @pytest.mark.parametrize(
+        ("flags", "message"),
+        [
+            (("--actions_per_chunk", 4), "`--actions_per_chunk 4`: the policy's chunks have 3 action(s)"),
+            (("--actions_per_chunk", 0), "`--actions_per_chunk` must be at least 1"),
+            (("--temporal_ensemble", 0.0, "--policy", "random"), "--temporal_ensemble would be ignored"),
+        ],
+    )
+    def test_refused(self, chunked, capsys, flags, message):
+        assert run("--policy", chunked, *flags) == 1
+        assert message in capsys.readouterr().err

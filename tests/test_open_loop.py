@@ -27,6 +27,7 @@ from evaluation.report import format_open_loop, save_open_loop_figure
 
 
 DATASET = FIXTURES / "lerobot" / "v30_images"
+FRONT, WRIST = "observation.images.front", "observation.images.wrist"
 
 
 def run(*arguments) -> int:
@@ -58,8 +59,8 @@ class Recorder:
     def __init__(self, dimensions=7):
         self.dimensions, self.asked, self.sizes = dimensions, [], []
 
-    def predict(self, instructions, images):
-        self.asked += zip(instructions, images, strict=True)
+    def predict(self, instructions, images, states=None):
+        self.asked += zip(instructions, images, states or [None] * len(images), strict=True)
         self.sizes.append(len(instructions))
         return np.arange(len(self.asked) - len(images), len(self.asked))[:, None] * np.ones(self.dimensions)
 
@@ -147,9 +148,17 @@ class TestSample:
 
 
 class TestFrames:
-    @pytest.mark.parametrize("camera, key", [(None, "observation.images.front"), ("observation.images.wrist",) * 2])
-    def test_the_policy_sees_the_recorded_frames(self, rows, camera, key):
-        dataset, recorder = RecordedFrames(str(DATASET), camera), Recorder()
+    @pytest.mark.parametrize(
+        "cameras, keys, options",
+        [
+            (None, [FRONT], {}),
+            ([WRIST], [WRIST], {}),
+            (None, [FRONT, WRIST], {"num_images": 2, "use_proprio": True}),
+            ([WRIST, FRONT], [WRIST, FRONT], {"num_images": 2}),
+        ],
+    )
+    def test_the_policy_sees_the_recorded_frames(self, rows, cameras, keys, options):
+        dataset, recorder = RecordedFrames(str(DATASET), cameras, **options), Recorder()
         episodes = dataset.episodes()
         sample(episodes, 20)
         batches = []
@@ -160,18 +169,29 @@ class TestFrames:
             for step, instruction in enumerate(episode.instructions)
             if (episode.is_sampled[step] or episode.is_drawn) and instruction
         ]
-        assert dataset.cameras == (key,)
+        assert dataset.cameras == keys
         assert recorder.sizes == batches == [8] * (len(wanted) // 8) + [len(wanted) % 8] * (len(wanted) % 8 > 0)
         tasks = pq.read_table(DATASET / "meta" / "tasks.parquet").to_pylist()
         texts = {row["task_index"]: next(value for value in row.values() if isinstance(value, str)) for row in tasks}
-        for number, ((episode, step), (instruction, image)) in enumerate(zip(wanted, recorder.asked, strict=True)):
+        for number, ((episode, step), (instruction, images, state)) in enumerate(
+            zip(wanted, recorder.asked, strict=True)
+        ):
             row = rows[episode.index][step]
-            np.testing.assert_array_equal(image, np.asarray(Image.open(io.BytesIO(row[key]["bytes"]))))
+            for image, key in zip(images, keys, strict=True):
+                np.testing.assert_array_equal(image, np.asarray(Image.open(io.BytesIO(row[key]["bytes"]))))
+            expected = np.float32(row["observation.state"]) if options.get("use_proprio") else None
+            np.testing.assert_array_equal(state, expected)
             np.testing.assert_array_equal(episode.recorded[step], np.float32(row["action"]))
             assert instruction == texts[row["task_index"]]
             assert (episode.predicted[step] == number).all()
         for episode in episodes:
             assert np.isnan(episode.predicted[~episode.is_wanted]).all()
+
+    def test_cameras_that_are_not_there(self):
+        with pytest.raises(ValueError, match=r"looks at 2 image\(s\) .* got the cameras \['front'\]"):
+            RecordedFrames(str(DATASET), ["front"], num_images=2)
+        with pytest.raises(ValueError, match=r"has no cameras \['wrist_2'\]"):
+            RecordedFrames(str(DATASET), num_images=3)
 
     def test_all_episodes_or_the_first(self, rows):
         episodes = RecordedFrames(str(DATASET)).episodes()
@@ -192,7 +212,7 @@ class TestFrames:
     def test_random_stays_among_the_recorded(self):
         episodes = RecordedFrames(str(DATASET)).episodes()
         actions = np.concatenate([episode.recorded for episode in episodes])
-        drawn = RandomPredictor(episodes, 0).predict(["go"] * 2000, [])
+        drawn = RandomPredictor(episodes, 0).predict(["go"] * 2000, [], None)
         assert (drawn >= actions.min(axis=0)).all()
         assert (drawn <= actions.max(axis=0)).all()
         middle = (actions.min(axis=0) + actions.max(axis=0)) / 2

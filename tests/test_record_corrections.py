@@ -21,9 +21,10 @@ RECORDING = Recording(episodes=5, seed=4, image_size=16, cameras=("image",))
 class Upwards:
     """A policy that knows one motion."""
 
-    def predict(self, instructions: list[str], images: list[np.ndarray]) -> np.ndarray:
-        assert len(instructions) == len(images)
-        return np.tile([0.0, 0.0, 0.04, 0.0, 0.0, 0.0, 1.0], (len(images), 1))
+    def next_actions(self, observations: dict[int, dict], begun: list[int]) -> np.ndarray:
+        assert set(begun) <= set(observations)
+        assert all({"instruction", "image", "state"} <= set(each) for each in observations.values())
+        return np.tile([0.0, 0.0, 0.04, 0.0, 0.0, 0.0, 1.0], (len(observations), 1))
 
 
 def read(dataset) -> tuple[list[dict], list[dict]]:

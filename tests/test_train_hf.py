@@ -31,7 +31,7 @@ from load_policy import repository_class
 from merge_adapter import merge
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, get_scheduler
 
 import train_hf
 from evaluation.policies import ExpertPolicy, ModelPolicy
@@ -472,7 +472,9 @@ def golden_batch(golden_image_processor) -> dict[str, torch.Tensor]:
     images = [Image.open(GOLDEN / "images" / f"{record['image']}.png") for record in records]
     names = ("input_ids", "attention_mask", "labels")
     pixel_values = golden_image_processor(images)["pixel_values"]
-    return {name: golden[f"train.{name}"] for name in names} | {"pixel_values": pixel_values}
+    is_pad = torch.zeros(len(images), 1, dtype=torch.bool)
+    tensors = {name: golden[f"train.{name}"] for name in names}
+    return tensors | {"pixel_values": pixel_values, "action_is_pad": is_pad}
 
 
 class TestLoss:
@@ -695,6 +697,8 @@ class TestData:
     def test_bad_input(self, recorded, tmp_path):
         with pytest.raises(ValueError, match=r"tabletop has no camera 'overhead'.*wrist"):
             self.set_up(recorded, tmp_path, "--camera", "overhead")
+        with pytest.raises(ValueError, match=r"looks at 1 image\(s\) .* --camera names 2: primary, wrist"):
+            self.set_up(recorded, tmp_path, "--camera", "primary", "wrist")
         with pytest.raises(FileNotFoundError, match="nowhere"):
             self.set_up(tmp_path / "nowhere", tmp_path)
 
@@ -1077,6 +1081,22 @@ SMOLLM2_360M = {
     **{"vocab_size": 49216, "pad_token_id": 49152},
 }
 SMALL_LM = {"llm_backbone_id": None, "text_config": SMOLLM2_360M, "closing_token_id": None, "pad_token_id": 49152}
+
+
+def l1_head(action_dim: int, dim: int = 4096) -> int:
+    """Parameters of an L1 head by its published shapes: 151 million for LIBERO, 269 for ALOHA."""
+    first = 2 * action_dim * dim + (action_dim * dim + 1) * dim
+    blocks = 2 * (2 * dim + (dim + 1) * dim)
+    return first + blocks + 2 * dim + (dim + 1) * action_dim
+
+
+def state_projector(proprio_dim: int, dim: int = 4096) -> int:
+    return (proprio_dim + 1) * dim + (dim + 1) * dim
+
+
+# FiLM's scale and shift in the 23 blocks of DINOv2 and the 26 of SigLIP that run.
+FILM = 2 * (4096 + 1) * (23 * 1024 + 26 * 1152)
+LIBERO, ALOHA = {"action_dim": 7, "proprio_dim": 8}, {"action_dim": 14, "proprio_dim": 14}
 # What each recipe starts from, and how many parameters it trains.
 RECIPES = {
     "openvla_lora": ({}, 107_862_016),
@@ -1085,6 +1105,8 @@ RECIPES = {
     "prismatic_13b_lora": (PRISMATIC_13B, None),
     "tabletop_from_scratch": (None, None),
     "small_language_model": (SMALL_LM, 1_121_022_208 - 43_080_480),
+    "openvla_oft_libero": (LIBERO, 107_862_016 + l1_head(7) + state_projector(8)),
+    "openvla_oft_plus_aloha": (ALOHA, 107_862_016 + l1_head(14) + state_projector(14) + FILM),
 }
 
 
@@ -1118,7 +1140,8 @@ class TestRecipes:
         )
         fields, expected = RECIPES[name]
         config_class = repository_class("OpenVLAConfig")
-        config = config_class.from_pretrained(REPOSITORY) if fields is None else config_class(**fields)
+        changes = train_hf.asked_changes(arguments)
+        config = config_class.from_pretrained(REPOSITORY) if fields is None else config_class(**fields | changes)
         with torch.device("meta"):
             model = repository_class("OpenVLAForActionPrediction")(config)
         model = train_hf.select_parameters(model, arguments)
@@ -1126,6 +1149,23 @@ class TestRecipes:
         assert count > 0 if expected is None else count == expected
         if data.mixture is not None:
             assert data.mixture in yaml.safe_load((REPOSITORY / "robot_data" / "mixtures.yaml").read_text())
+
+    @pytest.mark.parametrize(("name", "fall"), [("openvla_oft_libero", 100_000), ("openvla_oft_plus_aloha", 50_000)])
+    def test_learning_rate_falls_to_a_tenth(self, tmp_path, name, fall):
+        path = REPOSITORY / "recipes" / f"{name}.yaml"
+        more = ("--dataset", "data", "--output_dir", str(tmp_path), "--bf16", "False", "--use_cpu", "True")
+        training = parse_arguments([str(path), *more])[2]
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=training.learning_rate)
+        scheduler = get_scheduler(
+            training.lr_scheduler_type,
+            optimizer,
+            num_warmup_steps=training.get_warmup_steps(training.max_steps),
+            num_training_steps=training.max_steps,
+            scheduler_specific_kwargs=training.lr_scheduler_kwargs,
+        )
+        (factor,) = scheduler.lr_lambdas
+        steps = (0, fall, fall + 1, training.max_steps)
+        assert [factor(step) for step in steps] == pytest.approx([1.0, 1.0, 0.1, 0.1])
 
     def test_tabletop_learns_what_the_expert_would_do(self, recorded, tmp_path, monkeypatch):
         monkeypatch.chdir(REPOSITORY)

@@ -3,6 +3,7 @@
 
 import json
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from training.modes import (
     GRADIENT_CHECKPOINTING_KWARGS,
     MODES,
     PUBLISHED_TARGETS,
+    add_lora,
+    added_modules,
     check_not_repacked,
     lora_config,
     prepare_quantized,
@@ -114,6 +117,16 @@ class TestModes:
         assert {"action_head.weight", "action_head.bias"} <= trainable_names(model)
         if mode == "head_only":
             assert len(trainable_names(model)) == 2
+
+    def test_film_learns_in_every_mode(self):
+        model = load_golden(dtype=torch.float32, use_film=True, attention_mode="bidirectional")
+        expected = {name for name in trainable_names(model) if ".film." in name}
+        assert expected
+        for mode in MODES:
+            learned = trainable_names(select_trainable(model, mode))
+            assert expected <= learned
+            if mode == "head_only":
+                assert learned == expected
 
     def test_the_last_mode_counts(self, policy):
         model, _ = policy
@@ -217,8 +230,29 @@ class TestLora:
     def test_heads_are_not_adapted(self, policy):
         model, _ = policy
         expected = self.adapted_layers(self.adapt(load_policy(REPOSITORY, dtype=torch.float32)[0]))
-        model.action_head = nn.ModuleDict({"fc1": nn.Linear(4, 7), "out": nn.Linear(7, 7)})
-        assert self.adapted_layers(self.adapt(model)) == expected
+        model.action_head = nn.Sequential(OrderedDict({"fc1": nn.Linear(4, 7), "out": nn.Linear(7, 7)}))
+        adapted = self.adapt(model)
+        head = {f"{layer}.{kind}" for layer in ("fc1", "out") for kind in ("weight", "bias")}
+        expected |= {f"action_head.modules_to_save.default.{name}" for name in head}
+        assert self.adapted_layers(adapted) == expected
+
+    @pytest.mark.parametrize("targets", ["all-linear", "published", ["fc1", "q_proj"]])
+    def test_what_lies_beside_the_adapters(self, targets):
+        """Heads, projectors and FiLM learn whole, in float32; FiLM in blocks that never run does not."""
+        changes = {"head_type": "flow", "attention_mode": "bidirectional", "action_dim": 7, "use_film": True}
+        model = load_golden(dtype=torch.bfloat16, use_proprio=True, proprio_dim=8, norm_stats={}, **changes)
+        heads = ["proprio_projector", "noisy_action_projector", "action_head"]
+        films = [name for name, _ in model.named_modules() if name.endswith(".film")]
+        assert sorted(added_modules(model)) == sorted([*heads, *films])
+        unused = {id(module) for part in model.unused_modules() for module in part.modules()}
+        learning = {*heads, *(name for name in films if id(model.get_submodule(name)) not in unused)}
+        assert len(learning) < len(heads) + len(films)
+        adapted = add_lora(model, lora_config(model, r=2, target_modules=targets))
+        whole = {name: p for name, p in adapted.named_parameters() if p.requires_grad and "lora_" not in name}
+        names = {name.removeprefix("base_model.model.").partition(".modules_to_save.")[0] for name in whole}
+        assert names == learning
+        assert {parameter.dtype for parameter in whole.values()} == {torch.float32}
+        assert not [name for name, _ in adapted.named_parameters() if "lora_" in name and "modules_to_save" in name]
 
     def test_further_arguments(self, policy):
         config = lora_config(policy[0], r=8, alpha=4, dropout=0.1, use_rslora=True, modules_to_save=["projector"])

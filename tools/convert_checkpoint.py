@@ -31,12 +31,11 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi
-from load_policy import repository_class
+from load_policy import PROCESSOR_FIELDS, repository_class
 from model_card import model_card
 from native_checkpoint import NativeOptions, choose_checkpoint, load_native, native_kind, preview
 from oft_checkpoint import (
     PLATFORMS,
-    PROCESSOR_FIELDS,
     OFTOptions,
     component_files,
     fill_components,

@@ -25,6 +25,8 @@ import json
 import platform
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from importlib.metadata import distributions, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +38,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(REPOSITORY))
 
+from evaluation.chunks import ChunkQueue, TemporalEnsemble
 from evaluation.environments import ADAPTERS, TABLETOP, Environment
 from evaluation.policies import ExpertPolicy, ModelPolicy, RandomPolicy
 from evaluation.replay import Replay, ReplayPolicy, load_replay
@@ -61,6 +64,7 @@ BASELINES = {"expert": ExpertPolicy, "random": RandomPolicy}
 REPLAY = "replay:"
 DEFAULT_EPISODES = 20
 PACKAGES = ("torch", "transformers", "numpy", "mujoco", "gymnasium", "pillow")
+CHUNK_FLAGS = ("actions_per_chunk", "temporal_ensemble")
 ROLLOUT_FLAGS = (
     "env",
     "adapter",
@@ -71,8 +75,9 @@ ROLLOUT_FLAGS = (
     "image_size",
     "video",
     "model_card",
+    *CHUNK_FLAGS,
 )
-MODEL_FLAGS = ("unnorm_key", "dtype", "device", "trust_remote_code")
+MODEL_FLAGS = (*CHUNK_FLAGS, "unnorm_key", "dtype", "device", "trust_remote_code")
 OPEN_LOOP_FLAGS = ("frames", "camera", "batch_size")
 
 
@@ -98,7 +103,24 @@ def make_policy(arguments: argparse.Namespace) -> Policy:
             f"The policy {arguments.policy!r} cannot be loaded, and is none of {[*sorted(BASELINES), REPLAY]}: "
             f"{reason}"
         ) from error
-    return ModelPolicy(model.to(arguments.device), processor, arguments.unnorm_key)
+    make_queue = make_chunk_queue(arguments, processor.chunk_size)
+    return ModelPolicy(model.to(arguments.device), processor, arguments.unnorm_key, make_queue)
+
+
+def make_chunk_queue(arguments: argparse.Namespace, chunk_size: int) -> Callable[[], ChunkQueue | TemporalEnsemble]:
+    """
+    How the chunks of an episode are spent.
+
+    Raises:
+        ValueError: If more actions are to be taken of a chunk than it has.
+    """
+    if arguments.temporal_ensemble is not None:
+        return partial(TemporalEnsemble, arguments.temporal_ensemble)
+    if (arguments.actions_per_chunk or 1) > chunk_size:
+        raise ValueError(
+            f"`--actions_per_chunk {arguments.actions_per_chunk}`: the policy's chunks have {chunk_size} action(s)."
+        )
+    return partial(ChunkQueue, arguments.actions_per_chunk)
 
 
 def read_replay(arguments: argparse.Namespace) -> Replay | None:
@@ -248,7 +270,8 @@ def check_open_loop(arguments: argparse.Namespace) -> tuple[dict[str, Any], list
     from evaluation.open_loop import RandomPredictor, RecordedFrames, measure, predict, sample
 
     policy = None if arguments.policy == "random" else make_policy(arguments)
-    dataset = RecordedFrames(arguments.open_loop, arguments.camera)
+    looks = {} if policy is None else {name: getattr(policy.processor, name) for name in ("num_images", "use_proprio")}
+    dataset = RecordedFrames(arguments.open_loop, arguments.camera, **looks)
     episodes = dataset.episodes(arguments.episodes)
     sample(episodes, arguments.frames)
     began = time.perf_counter()
@@ -300,7 +323,7 @@ def check_arguments(arguments: argparse.Namespace, defaults: dict[str, Any]) -> 
         ValueError: On a count below 1, a flag that would be ignored, a baseline's results for a model card, results
             that would be overwritten, or a package that is missing.
     """
-    for name in ("episodes", "num_envs", "max_steps", "image_size", "frames", "batch_size"):
+    for name in ("episodes", "num_envs", "max_steps", "image_size", "actions_per_chunk", "frames", "batch_size"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise ValueError(f"`--{name}` must be at least 1, got {value}.")
@@ -383,11 +406,27 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--image_size", type=int, help="side of the camera picture; on the tabletop by default the policy's"
     )
+    spending = group.add_mutually_exclusive_group()
+    spending.add_argument(
+        "--actions_per_chunk", type=int, help="actions to take of each chunk before the next; by default all"
+    )
+    spending.add_argument(
+        "--temporal_ensemble",
+        type=float,
+        metavar="DECAY",
+        help="predict a chunk at every step and average what all say of it, the i-th oldest weighing exp(-DECAY i); "
+        "0.01 is common",
+    )
     group.add_argument("--video", choices=VIDEO_FORMATS, default="gif", help="format of the videos")
     group.add_argument("--model_card", type=Path, help="README.md whose metadata receive the success rates")
     group = parser.add_argument_group("open-loop checks")
     group.add_argument("--open_loop", metavar="DATASET", help="compare predictions with this dataset's actions")
-    group.add_argument("--camera", help="key of the picture that the policy sees; by default the dataset's main one")
+    group.add_argument(
+        "--camera",
+        nargs="+",
+        help="keys of the pictures that the policy sees, in its order; by default the dataset's main one, then those "
+        "at the wrists",
+    )
     group.add_argument("--frames", type=int, default=500, help="at most so many, evenly spread")
     group.add_argument("--batch_size", type=int, default=8, help="frames per call of the policy")
     return parser

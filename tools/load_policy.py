@@ -1,5 +1,7 @@
 """The one loader that every command uses: our repositories and published ones, local or on the Hub."""
 
+import logging
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,16 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PretrainedC
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 
+logger = logging.getLogger("load_policy")
+
 REPOSITORY = Path(__file__).resolve().parent.parent
+
+# Fields of the configuration that say how a policy acts, and those of them that the processor has to know, too.
+PROCESSOR_FIELDS = ("norm_type", "head_type", "chunk_size", "num_images", "use_proprio", "append_stop_token")
+ACTION_FIELDS = (
+    *PROCESSOR_FIELDS,
+    *("attention_mode", "action_dim", "proprio_dim", "use_film", "diffusion_steps", "num_inference_steps"),
+)
 
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision")
 _FILES = {
@@ -43,6 +54,7 @@ def load_policy(
     *,
     trust_remote_code: bool = False,
     dtype: str | torch.dtype = "auto",
+    changes: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
     """
@@ -54,6 +66,8 @@ def load_policy(
             Auto classes, with its own copy of it. Otherwise, and for every other repository, such as a published one,
             this checkout's code is used and the repository's never runs.
         dtype (`str` or `torch.dtype`, defaults to `"auto"`): Of the weights; `"auto"`: as they were saved.
+        changes (`Mapping[str, Any]`, *optional*): Fields of the configuration to change, of `ACTION_FIELDS`. Parts
+            that the changed policy has and the saved one has not are initialised, and the log says which.
         kwargs: Hub arguments (`revision`, `token`, `cache_dir`, ...), and further arguments of the model's
             `from_pretrained`: `device_map`, `attn_implementation`, `quantization_config`, ...
 
@@ -61,7 +75,7 @@ def load_policy(
         `tuple`: Model, in evaluation mode, and processor.
 
     Raises:
-        ValueError: If the checkpoint lacks tensors of the model.
+        ValueError: If the checkpoint lacks tensors of the model, or the changes contradict the configuration.
         OSError: If there is no such repository, or its weights are damaged.
     """
     hub_kwargs = {name: kwargs.pop(name) for name in _HUB_ARGUMENTS if name in kwargs}
@@ -72,14 +86,34 @@ def load_policy(
     else:
         model_class = repository_class("OpenVLAForActionPrediction")
         processor_class = repository_class("OpenVLAProcessor")
-    processor = processor_class.from_pretrained(str(source), **hub_kwargs)
+    changes = dict(changes or {})
+    settings = {name: changes[name] for name in PROCESSOR_FIELDS if name in changes}
+    processor = processor_class.from_pretrained(str(source), **hub_kwargs, **settings)
     model, info = model_class.from_pretrained(
-        str(source), dtype=dtype, output_loading_info=True, **hub_kwargs, **kwargs
+        str(source), dtype=dtype, output_loading_info=True, **hub_kwargs, **changes, **kwargs
     )
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
+    missing = sorted(info["missing_keys"])
+    if missing and changes:
+        saved_config = model.config_class.from_pretrained(str(source), **hub_kwargs)
+        fresh = set(missing) - tensor_names(type(model), saved_config)
+        missing = sorted(set(missing) - fresh)
+        logger.info("Initialised anew: %s", ", ".join(describe_parts(fresh)))
+    if info["unexpected_keys"] and changes:
+        logger.warning("Left behind: %s", ", ".join(describe_parts(info["unexpected_keys"])))
+    if missing:
         raise ValueError(
             f"{source} lacks {len(missing)} tensors of the model, such as {missing[:3]}; the policy would act on "
             "random weights."
         )
     return model.eval(), processor
+
+
+def tensor_names(model_class: type[PreTrainedModel], config: PretrainedConfig) -> set[str]:
+    """Names of the tensors of a model with this configuration."""
+    with torch.device("meta"):
+        return set(model_class(config).state_dict())
+
+
+def describe_parts(names: Iterable[str]) -> list[str]:
+    """Parts of a policy that tensors belong to: `action_head`, ..., and `FiLM`."""
+    return sorted({"FiLM" if ".film." in name else name.split(".")[0] for name in names})

@@ -11,7 +11,8 @@ base is the one that it was trained over, published or ours, unless another is g
 a base in 4 bits is merged into the unquantised base.
 
 The sum is taken in float32 on the CPU, one weights file of the base after another, so that the model is never in
-memory whole. Statistics and processor that lie beside the adapter replace those of the base.
+memory whole. Statistics and processor that lie beside the adapter replace those of the base, and so do the fields of
+the configuration in its action_config.json: a head that the base has not got comes from the adapter.
 """
 
 import argparse
@@ -38,6 +39,8 @@ from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
 
 
 CONFIG_NAME, ADAPTER_NAME = "adapter_config.json", "adapter_model.safetensors"
+# Fields of the policy's configuration, beside an adapter of `train_hf.py`: its base may have them otherwise.
+ACTION_CONFIG_NAME = "action_config.json"
 WEIGHTS_NAME, INDEX_NAME = "model.safetensors", "model.safetensors.index.json"
 
 # Ends of the names of an adapter's tensors, and what the tensor is: factors of an update, of a layer or an embedding.
@@ -74,6 +77,7 @@ class Adapter:
 
     def __init__(self, source: Source):
         self.config = read_lora_config(source)
+        self.action_config = source.read_json(ACTION_CONFIG_NAME) or {}
         path = source.fetch(ADAPTER_NAME)
         if path is None:
             raise FileNotFoundError(f"{source.root} has no {ADAPTER_NAME}; save the adapter again, as safetensors.")
@@ -106,6 +110,14 @@ class Adapter:
                 f"The adapter does not fit the base, or lacks half of an update, at {len(misfits)} tensors: "
                 f"{preview(sorted(misfits))}."
             )
+
+    def whole_tensors(self) -> set[str]:
+        """Names of the tensors that it holds whole, such as those of a new head."""
+        return {name for name, change in self.changes.items() if "value" in change}
+
+    def whole_tensor(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        """One of [`whole_tensors`]."""
+        return self._file.get_tensor(self.changes[name]["value"]).to(dtype)
 
     def _fits(self, name: str, shape: tuple[int, ...]) -> bool:
         change = {kind: tuple(self._file.get_slice(key).get_shape()) for kind, key in self.changes[name].items()}
@@ -247,7 +259,7 @@ def write_merged(
         dtype (`torch.dtype`, *optional*): Of the weights written. Default: as in the base.
         repo_id (`str`): What the model card says to load.
     """
-    model, processor = load_around_weights(source, base)
+    model, processor = load_around_weights(source, base, adapter.action_config)
     if dtype is not None:
         model.config.dtype = str(dtype).removeprefix("torch.")
     write_weights(adapter, base, model, directory, dtype)
@@ -266,11 +278,15 @@ def write_merged(
     (directory / "README.md").write_text(card, encoding="utf-8")
 
 
-def load_around_weights(source: Source, base: Source) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """The model without weights (on the meta device), and the processor."""
+def load_around_weights(
+    source: Source, base: Source, action_config: dict[str, Any]
+) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """The model without weights (on the meta device), configured as the adapter's is, and the processor."""
     if base.fetch("config.json") is None:
         raise FileNotFoundError(f"The base model {base.root} has no config.json.")
-    config = repository_class("OpenVLAConfig").from_pretrained(base.root, revision=base.revision)
+    statistics = source.read_json(STATISTICS_NAME)
+    changes = action_config if statistics is None else {**action_config, "norm_stats": statistics}
+    config = repository_class("OpenVLAConfig").from_pretrained(base.root, revision=base.revision, **changes)
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"The base model {base.root} is quantised; give the full one with --base_model.")
     if parts := component_files(base.files()):
@@ -284,9 +300,6 @@ def load_around_weights(source: Source, base: Source) -> tuple[PreTrainedModel, 
         model = model_class(config)
     if base.fetch("generation_config.json") is not None:
         model.generation_config = GenerationConfig.from_pretrained(base.root, revision=base.revision)
-    statistics = source.read_json(STATISTICS_NAME)
-    if statistics is not None:
-        model.norm_stats = statistics
     print(f"statistics of the {'base' if statistics is None else 'adapter'}: {preview(sorted(model.norm_stats))}")
     # Only our own processor_config.json is complete without a config.json beside it, which an adapter has not.
     with_processor = "prompt_style" in (source.read_json("processor_config.json") or {})
@@ -305,13 +318,21 @@ def write_weights(
         files = {name: stack.enter_context(safe_open(path, framework="pt")) for name, path in paths.items()}
         shapes = {key: file.get_slice(key).get_shape() for file in files.values() for key in file.keys()}  # noqa: SIM118
     # Tied weights are in the file once, under the name that comes first.
-    wanted = {name for name, _ in model.named_parameters()}
-    raise_on_difference(missing=wanted - shapes.keys(), surplus=shapes.keys() - model.state_dict().keys())
-    adapter.check(shapes)
+    wanted = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+    added = {name: wanted[name] for name in sorted(adapter.whole_tensors() & wanted.keys() - shapes.keys())}
+    left = shapes.keys() - model.state_dict().keys()  # a head in whose place the adapter has another
+    raise_on_difference(
+        missing=wanted.keys() - shapes.keys() - added.keys(), surplus=[] if adapter.action_config else left
+    )
+    adapter.check(shapes | added)
     weight_map, total_size = {}, 0
     for name, path in paths.items():
         with safe_open(path, framework="pt") as file:
-            tensors = {key: adapter.merge(key, file.get_slice(key), dtype) for key in file.keys()}  # noqa: SIM118
+            kept = [key for key in file.keys() if key not in left]  # noqa: SIM118
+            tensors = {key: adapter.merge(key, file.get_slice(key), dtype) for key in kept}
+            if name == list(paths)[-1]:
+                like = next(iter(tensors.values())).dtype
+                tensors |= {key: adapter.whole_tensor(key, like) for key in added}
             save_file(tensors, directory / name, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, name)
         total_size += sum(tensor.nbytes for tensor in tensors.values())

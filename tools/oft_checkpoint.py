@@ -28,8 +28,6 @@ PLATFORMS = {
     "aloha": {"chunk_size": 25, "action_dim": 14, "proprio_dim": 14, "norm_type": "bounds"},
     "bridge": {"chunk_size": 5, "action_dim": 7, "proprio_dim": 7, "norm_type": "bounds_q99"},
 }
-# What the processor has to know, too.
-PROCESSOR_FIELDS = ("norm_type", "head_type", "chunk_size", "num_images", "use_proprio", "append_stop_token")
 
 
 @dataclass(frozen=True)

@@ -117,11 +117,8 @@ def roll_out(
     while waiting or running:
         while waiting and len(running) < num_envs:
             running.append(Rollout.start(recording, waiting.popleft(), max_steps))
-        observations = [each.observation for each in running]
-        actions = policy.predict(
-            [observation["instruction"] for observation in observations],
-            [observation["image"] for observation in observations],
-        )
+        begun = [each.index for each in running if not each.frames]
+        actions = policy.next_actions({each.index: each.observation for each in running}, begun)
         for each, action in zip(running, actions, strict=True):
             each.step(action, expert_share)
         yield from (each for each in running if each.outcome is not None)

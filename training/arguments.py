@@ -33,6 +33,28 @@ class ModelArguments:
     attn_implementation: str | None = field(
         default=None, metadata={"help": "Of the language model: sdpa, flash_attention_2, eager, ..."}
     )
+    head_type: str | None = field(
+        default=None,
+        metadata={
+            "help": "What speaks the actions: tokens, l1, diffusion or flow. This and the next options change the "
+            "policy's configuration; by default they are as it has them. Parts that it has not got begin anew."
+        },
+    )
+    attention_mode: str | None = field(default=None, metadata={"help": "causal or bidirectional."})
+    chunk_size: int | None = field(default=None, metadata={"help": "Actions per prediction."})
+    num_images: int | None = field(default=None, metadata={"help": "Camera pictures per observation."})
+    use_proprio: bool | None = field(default=None, metadata={"help": "Whether the robot's state goes in."})
+    use_film: bool | None = field(default=None, metadata={"help": "Whether the instruction modulates the towers."})
+    append_stop_token: bool | None = field(
+        default=None, metadata={"help": "Whether the end-of-sequence token follows actions of one pass."}
+    )
+    norm_type: str | None = field(
+        default=None, metadata={"help": "How actions and states are normalised: bounds_q99, bounds or normal."}
+    )
+    diffusion_steps: int | None = field(default=None, metadata={"help": "Noise levels of a diffusion head."})
+    num_inference_steps: int | None = field(
+        default=None, metadata={"help": "Passes per prediction of a diffusion or flow head."}
+    )
     training_mode: str = field(
         default="full", metadata={"help": "Which weights learn, without --use_peft.", "choices": MODES}
     )
@@ -83,7 +105,13 @@ class DataArguments:
         default=None,
         metadata={"help": "dataset_statistics.json to normalise by. Without it, they are computed from the datasets."},
     )
-    camera: str = field(default="primary", metadata={"help": "Role of the picture that the policy looks at."})
+    camera: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Roles of the pictures that the policy looks at, in its order. By default primary, wrist, "
+            "wrist_2, ..., as many as it takes (num_images)."
+        },
+    )
     image_augmentation: str = field(
         default="published",
         metadata={
@@ -100,7 +128,9 @@ class DataArguments:
     shuffle_buffer: int = field(default=10_000, metadata={"help": "Steps that wait in memory to be shuffled."})
     balance: bool = field(default=True, metadata={"help": "Whether weights count per step, as OpenVLA's do."})
     skip_bad_episodes: bool = field(default=False, metadata={"help": "Log damaged episodes and go on."})
-    predict_stop_token: bool = field(default=True, metadata={"help": "Learn the token after the action, too."})
+    predict_stop_token: bool = field(
+        default=True, metadata={"help": "Learn the token after the action, too, where the policy speaks in tokens."}
+    )
     validation_episodes: int = field(
         default=16, metadata={"help": "Held out of each dataset, at most a tenth of it; 0: no validation."}
     )

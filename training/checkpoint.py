@@ -17,8 +17,8 @@ import torch
 from accelerate import PartialState
 from convert_checkpoint import STATISTICS_NAME, Source
 from huggingface_hub import ModelCard, save_torch_state_dict, snapshot_download
-from load_policy import REPOSITORY
-from merge_adapter import Adapter, write_merged
+from load_policy import ACTION_FIELDS, REPOSITORY
+from merge_adapter import ACTION_CONFIG_NAME, Adapter, write_merged
 from model_card import model_card
 from peft import PeftModel
 from safetensors import SafetensorError
@@ -83,8 +83,9 @@ def save_resume_weights(
     """
     The weights that a resumed run goes on with, as they are trained: the adapter, or all of them.
 
-    There is no config.json, so that no one takes the directory for a model. Processor and statistics lie beside an
-    adapter: `tools/merge_adapter.py` needs no more than this directory and the base.
+    There is no config.json, so that no one takes the directory for a model. Processor, statistics and the fields of
+    the configuration that the base may have otherwise lie beside an adapter: `tools/merge_adapter.py` needs no more
+    than this directory and the base.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`): What is trained.
@@ -97,6 +98,8 @@ def save_resume_weights(
         model.save_pretrained(directory, state_dict=state_dict)
         processor.save_pretrained(directory)
         write_json(directory / STATISTICS_NAME, processor.norm_stats)
+        config = model.get_base_model().config
+        write_json(directory / ACTION_CONFIG_NAME, {name: getattr(config, name) for name in ACTION_FIELDS})
     else:
         save_torch_state_dict(model.state_dict() if state_dict is None else state_dict, directory)
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from robot_data.augmentation import Augmentation
-from robot_data.collation import Collator
+from robot_data.collation import Collator, camera_roles
 from robot_data.episode import Episode, RawEpisode, Source, Step, check_unit
 from robot_data.filters import Filters
 from robot_data.mixture import Part, open_mixture, open_part
@@ -74,17 +74,20 @@ class Selection:
         return itertools.islice(episodes, 1) if self.first_only else episodes
 
 
-def open_parts(arguments: DataArguments) -> list[Part]:
+def open_parts(arguments: DataArguments, num_images: int = 1) -> list[Part]:
     """
     The datasets that were asked for, with the descriptions by which they are read.
 
     Args:
         arguments ([`DataArguments`]): `dataset` or `mixture`, and what describes them.
+        num_images (`int`, defaults to 1): Pictures that the policy looks at.
 
     Raises:
         FileNotFoundError: If a dataset or file is missing.
-        ValueError: If a mixture is unknown, or a dataset is empty or does not fit its description.
+        ValueError: If a mixture is unknown, a dataset is empty or does not fit its description, or the cameras are not
+            as many as the pictures.
     """
+    cameras = choose_cameras(arguments.camera, num_images)
     entries = read_yaml(arguments.dataset_configs) if arguments.dataset_configs else {}
     if arguments.mixture is None:
         parts = _open_datasets(arguments, entries)
@@ -94,7 +97,23 @@ def open_parts(arguments: DataArguments) -> list[Part]:
         raise ValueError("--mixture needs --data_root, the folder with one folder per dataset.")
     else:
         parts = open_mixture(arguments.mixture, arguments.data_root, entries=entries)
-    return [replace(part, config=_restrict(part, arguments)) for part in parts]
+    return [replace(part, config=_restrict(part, cameras, arguments)) for part in parts]
+
+
+def choose_cameras(asked: Sequence[str] | None, num_images: int) -> tuple[str, ...]:
+    """
+    Roles of the pictures that the policy looks at, in its order.
+
+    Raises:
+        ValueError: If others are asked for than so many.
+    """
+    cameras = camera_roles(num_images) if asked is None else tuple(asked)
+    if len(cameras) != num_images:
+        raise ValueError(
+            f"The policy looks at {num_images} image(s) (`num_images`), and --camera names {len(cameras)}: "
+            f"{', '.join(cameras)}."
+        )
+    return cameras
 
 
 def _open_datasets(arguments: DataArguments, entries: dict[str, Any]) -> list[Part]:
@@ -108,13 +127,14 @@ def _open_datasets(arguments: DataArguments, entries: dict[str, Any]) -> list[Pa
     return [Part(source, config_for(name, source.columns, source.images, entries.get(name)))]
 
 
-def _restrict(part: Part, arguments: DataArguments) -> DatasetConfig:
-    """A dataset's description, with the one camera and the steps that are trained on."""
-    cameras = part.config.cameras
-    if arguments.camera not in cameras:
-        raise ValueError(f"{part.source.name} has no camera {arguments.camera!r}; it has {dict(cameras)}.")
+def _restrict(part: Part, cameras: tuple[str, ...], arguments: DataArguments) -> DatasetConfig:
+    """A dataset's description, with the cameras and the steps that are trained on."""
+    known = part.config.cameras
+    for camera in cameras:
+        if camera not in known:
+            raise ValueError(f"{part.source.name} has no camera {camera!r}; it has {dict(known)}.")
     filters = _filters(part.config.filters, arguments)
-    return replace(part.config, cameras={arguments.camera: cameras[arguments.camera]}, filters=filters)
+    return replace(part.config, cameras={camera: known[camera] for camera in cameras}, filters=filters)
 
 
 def _filters(filters: Filters, arguments: DataArguments) -> Filters:
@@ -131,6 +151,15 @@ def split_weight(text: str) -> tuple[str, float]:
         return (location, float(weight)) if location else (text, 1.0)
     except ValueError:  # the sign belongs to the path
         return text, 1.0
+
+
+def measure_widths(part: Part) -> tuple[int, int | None]:
+    """Numbers in an action and, if the dataset has one, in a state, as the first episode has them."""
+    try:
+        episode = next(iter_episodes(part.source, replace(part.config, cameras={})))
+    except StopIteration:
+        raise ValueError(f"The filters leave nothing of {part.source.name}.") from None
+    return episode.actions.shape[1], None if episode.states is None else episode.states.shape[1]
 
 
 # Statistics
@@ -193,14 +222,19 @@ def make_data(
     Args:
         parts (`Sequence[Part]`): From [`open_parts`].
         statistics (`dict[str, dict]`): By dataset name.
-        processor: Of the policy, with these statistics. Its centre crop is made to fit the augmentation.
+        processor: Of the policy, with these statistics. It tells the length of the chunks, how many pictures there
+            are, and whether the state is read. Its centre crop is made to fit the augmentation.
         arguments ([`DataArguments`]): What to do with them.
         seed (`int`): Of the order of the steps, and of which episodes are held out.
         rank (`int`), world_size (`int`): Number of this process, and how many there are.
+
+    Raises:
+        ValueError: If the policy takes the state, and a dataset's description has none.
     """
+    parts = [_with_state(part, processor.use_proprio) for part in parts]
     divided = [_divide(part, arguments, seed) for part in parts]
     training = [
-        replace(part, source=source, config=replace(part.config, state=()), num_steps=_num_steps(statistics, part))
+        replace(part, source=source, num_steps=_num_steps(statistics, part))
         for part, (source, _) in zip(parts, divided, strict=True)
     ]
     validation = [
@@ -215,23 +249,35 @@ def make_data(
     episodes = [_read(part, arguments) for part in validation]
     for group in episodes:
         _check_width(group[0], statistics)
-    plain = Collator(processor, arguments.camera, predict_stop_token=arguments.predict_stop_token)
+    cameras = choose_cameras(arguments.camera, processor.num_images)
+    plain = Collator(processor, cameras, predict_stop_token=arguments.predict_stop_token)
+    chunk_size = processor.chunk_size
     return TrainingData(
         stream=StepStream(
             training,
             seed=seed,
             buffer_steps=arguments.shuffle_buffer,
+            chunk_size=chunk_size,
             balance=arguments.balance,
             skip_bad_episodes=arguments.skip_bad_episodes,
             rank=rank,
             world_size=world_size,
         ),
-        held_out=[step for group in episodes for step in _sample(group, arguments.validation_steps)],
+        held_out=[step for group in episodes for step in _sample(group, arguments.validation_steps, chunk_size)],
         curves=[group[0] for group in episodes],
         num_steps=sum(part.num_steps for part in training),
         collator=replace(plain, augmentation=augmentation),
         plain_collator=plain,
     )
+
+
+def _with_state(part: Part, use_proprio: bool) -> Part:
+    if use_proprio and not part.config.state:
+        raise ValueError(
+            f"The policy takes the robot's state (`use_proprio`), and {part.source.name} has none: say which columns "
+            "it is with `state` in the dataset's description (--dataset_configs)."
+        )
+    return part if use_proprio else replace(part, config=replace(part.config, state=()))
 
 
 def _num_steps(statistics: dict[str, dict], part: Part) -> int:
@@ -274,19 +320,20 @@ def _check_width(episode: Episode, statistics: dict[str, dict]) -> None:
         )
 
 
-def _sample(episodes: list[Episode], limit: int) -> list[Step]:
+def _sample(episodes: list[Episode], limit: int, chunk_size: int) -> list[Step]:
     """So many steps of some episodes, evenly spread."""
     frames = [(episode, frame) for episode in episodes for frame in range(len(episode))]
     indices = np.linspace(0, len(frames) - 1, min(limit, len(frames))).round().astype(int)
-    return [_make_step(*frames[index]) for index in indices]
+    return [_make_step(*frames[index], chunk_size) for index in indices]
 
 
-def _make_step(episode: Episode, frame: int) -> Step:
+def _make_step(episode: Episode, frame: int, chunk_size: int) -> Step:
+    (chunk,), (is_pad,) = episode.chunks(np.array([frame]), chunk_size)  # (1, K, D), (1, K)
     return Step(
         images={role: pictures[frame] for role, pictures in episode.images.items()},
         instruction=episode.instructions[frame],
-        action=episode.actions[frame : frame + 1],  # (1, D)
-        action_is_pad=np.zeros(1, bool),
+        action=chunk,
+        action_is_pad=is_pad,
         state=None if episode.states is None else episode.states[frame],
         dataset=episode.dataset,
         episode=episode.index,

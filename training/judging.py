@@ -4,16 +4,12 @@ What judges the policy while it is trained: open-loop pictures at each validatio
 It needs the packages of requirements-evaluation.txt, and training without it does not.
 """
 
-import random
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from evaluate_policy import choose_tasks, introduce, summarize_tasks
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from evaluation.environments import Environment
 from evaluation.open_loop import Comparison
@@ -24,6 +20,7 @@ from robot_data.episode import Episode, dimension_names
 from robot_data.pictures import decode
 
 from .arguments import OpenVLATrainingArguments
+from .randomness import own_random_numbers
 
 
 MAX_DRAWN_STEPS = 300
@@ -38,11 +35,11 @@ class OpenLoopCallback(TrainerCallback):
         model: With `predict_action`, whole in the main process.
         processor: Of the policy.
         episodes (`list[Episode]`): The first 300 steps of each are drawn.
-        camera (`str`): Role of the picture that the policy looks at.
+        cameras (`Sequence[str]`): Roles of the pictures that the policy looks at, in its order.
     """
 
-    def __init__(self, model: Any, processor: Any, episodes: list[Episode], camera: str):
-        self.model, self.processor, self.episodes, self.camera = model, processor, episodes, camera
+    def __init__(self, model: Any, processor: Any, episodes: list[Episode], cameras: Sequence[str]):
+        self.model, self.processor, self.episodes, self.cameras = model, processor, episodes, cameras
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         if not state.is_world_process_zero:
@@ -66,7 +63,8 @@ class OpenLoopCallback(TrainerCallback):
             batch = steps[start : start + batch_size]
             comparison.predicted[batch] = policy.predict(
                 [episode.instructions[step] for step in batch],
-                [decode(episode.images[self.camera][step]) for step in batch],
+                [[decode(episode.images[camera][step]) for camera in self.cameras] for step in batch],
+                None if episode.states is None else list(episode.states[batch]),
             )
         return comparison
 
@@ -117,23 +115,3 @@ class TabletopRollouts:
         numbers = summarize_tasks(episodes)
         success = {f"rollout_success_{task}": each["success_rate"] for task, each in numbers["tasks"].items()}
         return {"rollout_success": numbers["all"]["success_rate"], **success}
-
-
-@contextmanager
-def own_random_numbers(seed: int, device: torch.device) -> Iterator[None]:
-    """
-    Seed the random numbers of Python, numpy and torch; afterwards they go on as if nothing had been drawn.
-
-    Args:
-        seed (`int`): Not negative.
-        device (`torch.device`): Whose generator counts beside that of the CPU.
-    """
-    states = random.getstate(), np.random.get_state()
-    devices = {} if device.type == "cpu" else {"devices": [device], "device_type": device.type}
-    with torch.random.fork_rng(**(devices or {"devices": []})):
-        set_seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(states[0])
-            np.random.set_state(states[1])

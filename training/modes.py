@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
@@ -21,8 +22,10 @@ PUBLISHED_TARGETS = (
 # drops the gradients of adapters in the towers, because the pixels that enter a tower have none.
 GRADIENT_CHECKPOINTING_KWARGS = {"use_reentrant": False}
 
-# What every OpenVLA has. Whatever else a model holds is a head or an adapter that a fine-tune brought along.
+# What every OpenVLA has. Whatever else a model holds is a head or a projector that a fine-tune brought along, ...
 _PUBLISHED_PARTS = ("vision_backbone", "projector", "language_model")
+# ... or, by its name, lies within: FiLM in the blocks of the towers.
+_FILM = "film"
 
 
 def select_trainable(model: PreTrainedModel, mode: str) -> PreTrainedModel:
@@ -37,8 +40,9 @@ def select_trainable(model: PreTrainedModel, mode: str) -> PreTrainedModel:
     | `sandwich` | x | x | token embeddings, last decoder layer, output head |
     | `head_only` | | | |
 
-    The first four are the stages of the published `vla-scripts/train.py`. Heads and adapters beside these three parts
-    learn in every mode. What the forward pass never runs (last blocks, final norms and pooling heads of the towers)
+    The first four are the stages of the published `vla-scripts/train.py`. What a policy has beside the parts of the
+    published one learns in every mode: a head on the hidden states, projectors of the state and of noisy actions, FiLM
+    in the towers. What the forward pass never runs (last blocks, final norms and pooling heads of the towers)
     learns in none: DDP would wait for its gradients, and weight decay would move it.
 
     Args:
@@ -72,7 +76,7 @@ def select_trainable(model: PreTrainedModel, mode: str) -> PreTrainedModel:
 
 
 def _trained_modules(model: PreTrainedModel) -> dict[str, list[nn.Module]]:
-    heads = [module for name, module in model.named_children() if name not in _PUBLISHED_PARTS]
+    heads = [model.get_submodule(name) for name in added_modules(model)]
     last_layer = [model.get_input_embeddings(), model.get_decoder().layers[-1], model.get_output_embeddings()]
     return {
         "full": [model],
@@ -81,6 +85,29 @@ def _trained_modules(model: PreTrainedModel) -> dict[str, list[nn.Module]]:
         "sandwich": [model.vision_backbone, model.projector, *last_layer, *heads],
         "head_only": heads,
     }
+
+
+def added_modules(model: PreTrainedModel) -> list[str]:
+    """Names of the modules that a policy has beside the parts of the published one."""
+    heads = [name for name, _ in model.named_children() if name not in _PUBLISHED_PARTS]
+    return heads + [name for name, _ in model.named_modules() if name.rpartition(".")[2] == _FILM]
+
+
+def add_lora(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
+    """
+    The model with adapters. What the configuration trains beside them, as `modules_to_save`, becomes float32, as PEFT
+    has its adapters: in 16 bits small steps are lost.
+
+    Args:
+        model ([`OpenVLAForActionPrediction`]): Changed in place.
+        config (`LoraConfig`): From [`lora_config`].
+    """
+    adapted = get_peft_model(model, config, low_cpu_mem_usage=model.device.type == "meta")
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            module.modules_to_save.float()
+    model.freeze_unused()
+    return adapted
 
 
 def lora_config(
@@ -92,7 +119,9 @@ def lora_config(
     **kwargs: Any,
 ) -> LoraConfig:
     """
-    LoRA for a model, with the published rank, scale and initialisation (A Gaussian, B zero) as defaults.
+    LoRA for a model, with the published rank, scale and initialisation (A Gaussian, B zero) as defaults. What the
+    model has beside the parts of the published one (heads, projectors of the state and of noisy actions, FiLM) is
+    trained itself, beside the adapters, as OpenVLA-OFT does.
 
     `target_modules`:
     - `"all-linear"`: the linear layers of language model, projector and towers that run, without the output head, as
@@ -110,7 +139,7 @@ def lora_config(
         alpha (`int`, defaults to 16): The update is scaled by alpha / r.
         dropout (`float`, defaults to 0.0): On the input of the adapters.
         target_modules (`str` or `Sequence[str]`, defaults to `"all-linear"`): See above.
-        kwargs: Further arguments of `LoraConfig`: `use_rslora`, `modules_to_save`, ...
+        kwargs: Further arguments of `LoraConfig`: `use_rslora`, `bias`, ...; `modules_to_save` adds modules.
 
     Returns:
         `LoraConfig`: For `get_peft_model`.
@@ -118,21 +147,21 @@ def lora_config(
     Raises:
         ValueError: If a name is that of no layer that runs; the names there are are listed.
     """
+    whole = [*added_modules(model), *kwargs.pop("modules_to_save", [])]
     layers = _adaptable_layers(model)
+    added = {name for name in layers if any(f"{name}.".startswith(f"{part}.") for part in added_modules(model))}
     runs = layers.keys() - set(model.unused_linear_names())
     if target_modules == "all-linear":
-        parts = tuple(f"{part}." for part in _PUBLISHED_PARTS)
         head = model.get_output_embeddings()
-        chosen = {name for name in runs if isinstance(layers[name], nn.Linear) and layers[name] is not head}
-        chosen = {name for name in chosen if name.startswith(parts)}
+        chosen = {name for name in runs - added if isinstance(layers[name], nn.Linear) and layers[name] is not head}
         targets = {name.rpartition(".")[2] for name in chosen}
     elif target_modules == "published":
-        targets = {target for target in PUBLISHED_TARGETS if _matching(layers, [target])}
-        chosen = _matching(layers, targets)
+        targets = {target for target in PUBLISHED_TARGETS if _matching(layers.keys() - added, [target])}
+        chosen = _matching(layers.keys() - added, targets)
     else:
         targets = {target_modules} if isinstance(target_modules, str) else set(target_modules)
-        _check_targets(targets, runs)
-        chosen = _matching(runs, targets)
+        _check_targets(targets, runs - added)
+        chosen = _matching(runs - added, targets)
     return LoraConfig(
         r=r,
         lora_alpha=alpha,
@@ -140,6 +169,7 @@ def lora_config(
         target_modules=sorted(targets),
         # Names of a few layers to leave out keep adapter_config.json legible; those of all layers to adapt do not.
         exclude_modules=sorted(_matching(layers, targets) - chosen) or None,
+        modules_to_save=whole or None,
         init_lora_weights="gaussian",
         # Without it PEFT notes a module of the code's cache in the adapter, which no other machine has.
         task_type="CAUSAL_LM",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
@@ -29,8 +30,9 @@ from .checkpoint import (
     writing,
 )
 from .data import NamedBatch, TrainingData
-from .metrics import ActionMetrics, count_correct, predicted_tokens
+from .metrics import IGNORE_INDEX, ActionMetrics, count_correct, predicted_tokens, without_padding
 from .processes import in_main_process
+from .randomness import own_random_numbers
 from .trackers import save_tracker_run
 
 
@@ -39,8 +41,10 @@ class OpenVLATrainer(Trainer):
     [`Trainer`] for a policy.
 
     - Batches come from a [`StepLoader`] of this process, whose place in the stream is saved with each checkpoint.
-    - Beside Trainer's figures the log holds `action_accuracy` (of the main process, on the batches of training) and
-      `data_wait`, the fraction of the time that was spent waiting for data.
+    - Beside Trainer's figures the log holds `action_accuracy` (of the main process, on the batches of training, where
+      the policy speaks in tokens) and `data_wait`, the fraction of the time that was spent waiting for data.
+    - Padded actions count in no loss and in no figure. What is drawn at a validation, noise of the `diffusion` and
+      `flow` heads, is the same at each, and disturbs no random numbers of training.
     - A checkpoint is written under another name and renamed once it is complete. After it, and at the end, the merged
       model is written to the root of the output directory, once.
 
@@ -65,6 +69,7 @@ class OpenVLATrainer(Trainer):
         steps = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         updates_per_epoch = max(data.num_steps // steps, 1)
         self.repository, self.codec, self.rollouts = repository, repository.processor.codec, rollouts
+        self.head_type = repository.processor.head_type
         self.loader = StepLoader(
             data.stream,
             args.per_device_train_batch_size,
@@ -80,17 +85,18 @@ class OpenVLATrainer(Trainer):
         self._resumed: dict[str, Any] | None = None  # until the first step, what the checkpoint had not logged yet
         self._waited, self._logged_at = 0.0, time.perf_counter()
         self._written_at: int | None = None  # step of which the repository holds the weights
+        metrics = ActionMetrics(repository.processor, [step.dataset for step in data.held_out])
         super().__init__(
             model,
             args,
             data_collator=data.plain_collator,
             eval_dataset=data.held_out or None,
-            compute_metrics=ActionMetrics(repository.processor, [step.dataset for step in data.held_out]),
-            preprocess_logits_for_metrics=predicted_tokens,
+            compute_metrics=metrics,
+            preprocess_logits_for_metrics=predicted_tokens if self.head_type == "tokens" else None,
             callbacks=[EpochCallback(updates_per_epoch), *(callbacks or [])],
         )
         # Trainer does not find the name behind an adapter.
-        self.label_names = ["labels"]
+        self.label_names = metrics.label_names
         self.push: PushCallback | None = None
         if args.push_to_hub:
             self.push = PushCallback(self.hub_model_id)
@@ -132,6 +138,12 @@ class OpenVLATrainer(Trainer):
         finally:
             self._waited += time.perf_counter() - start
 
+    def _get_num_items_in_batch(self, batch_samples: list[dict], device: torch.device) -> torch.Tensor | int | None:
+        counted = [
+            {"labels": without_padding(batch["labels"], batch["action_is_pad"], self.codec)} for batch in batch_samples
+        ]
+        return super()._get_num_items_in_batch(counted, device)
+
     def training_step(self, *args, **kwargs) -> torch.Tensor:
         """As [`Trainer.training_step`]; the first line of the log after a resume covers the steps before it, too."""
         loss = super().training_step(*args, **kwargs)
@@ -167,15 +179,45 @@ class OpenVLATrainer(Trainer):
                 raise FloatingPointError(
                     f"The loss of step {self.state.global_step + 1} is {loss.item()}. Its batch: {', '.join(names)}."
                 )
-            predicted = predicted_tokens(outputs["logits"].detach(), inputs["labels"])
-            counts = count_correct(predicted, inputs["labels"], self.codec)
-            self._correct = self._correct.to(counts.device) + counts
+            if self.head_type == "tokens":
+                predicted = predicted_tokens(outputs["logits"].detach(), inputs["labels"])
+                counts = count_correct(predicted, inputs["labels"], inputs["action_is_pad"], self.codec)
+                self._correct = self._correct.to(counts.device) + counts
         return (loss, outputs) if return_outputs else loss
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
-        """As [`Trainer.evaluate`], off the clock."""
-        with self._off_the_clock():
+        """As [`Trainer.evaluate`], off the clock, and with the same random numbers each time."""
+        with self._off_the_clock(), own_random_numbers(self.args.seed, self.args.device):
             return super().evaluate(*args, **kwargs)
+
+    def prediction_step(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[torch.Tensor | None, Any, Any]:
+        """As [`Trainer.prediction_step`]; of a head that removes noise, the actions that it makes of noise alone."""
+        loss, predictions, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        if self.head_type in ("diffusion", "flow") and not prediction_loss_only:
+            predictions = self._sample_actions(model, self._prepare_inputs(inputs))
+        return loss, predictions, labels
+
+    def _sample_actions(self, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+        """Normalised actions (B, K, D) for the prompts of a batch, without the actions behind them."""
+        policy = self.accelerator.unwrap_model(model)
+        policy = policy.get_base_model() if isinstance(policy, PeftModel) else policy
+        is_prompt = (inputs["labels"] != IGNORE_INDEX).cumsum(dim=1) == 0  # (B, L)
+        with self.compute_loss_context_manager():
+            output = policy.predict_action(
+                input_ids=inputs["input_ids"],
+                attention_mask=inputs["attention_mask"] * is_prompt,
+                unnorm_key=next(iter(policy.norm_stats)),  # of any dataset: the units are not looked at
+                return_dict=True,
+                **{name: inputs[name] for name in ("pixel_values", "proprio") if name in inputs},
+            )
+        normalized = torch.as_tensor(output.normalized_actions, device=self.args.device)
+        return normalized.view(inputs["actions"].shape)
 
     @contextmanager
     def _off_the_clock(self) -> Iterator[None]:
@@ -188,12 +230,18 @@ class OpenVLATrainer(Trainer):
         if "loss" in logs:
             now = time.perf_counter()
             correct, total = self._correct.tolist()
-            logs["action_accuracy"] = correct / max(total, 1)
+            if self.head_type == "tokens":
+                logs["action_accuracy"] = correct / max(total, 1)
             logs["data_wait"] = self._waited / (now - self._logged_at)
             if skipped := sum(self.loader.skipped.values()):
                 logs["skipped_episodes"] = skipped
             self._correct, self._waited, self._logged_at = torch.zeros_like(self._correct), 0.0, now
         super().log(logs, *args, **kwargs)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        policy = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        policy.freeze_unused()  # PEFT has all that lies beside an adapter learn again
 
     # Saving
 
