@@ -35,7 +35,8 @@ def show_action(model: PreTrainedModel, processor: ProcessorMixin, output_dir: P
     observation, _ = TabletopEnv(image_size=side, cameras=("image",)).reset(seed=SCENE)
     path = output_dir / "picture.png"
     Image.fromarray(observation["image"]).save(path)
-    inputs = processor(instruction=observation["instruction"], images=observation["image"])
+    state = {"state": observation["state"]} if processor.use_proprio else {}
+    inputs = processor(instruction=observation["instruction"], images=observation["image"], **state)
     inputs = inputs.to(model.device, dtype=model.dtype)
     began = time.perf_counter()
     output = model.predict_action(**inputs, return_dict=True)

@@ -126,7 +126,9 @@ def write_policy(output_dir: Path, seed: int, dataset: str) -> None:
         stds=[(0.229, 0.224, 0.225), (0.5, 0.5, 0.5)],
     )
     model.to(torch.bfloat16).save_pretrained(output_dir)
-    repository_class("OpenVLAProcessor")(image_processor, tokenizer).save_pretrained(output_dir)
+    repository_class("OpenVLAProcessor")(image_processor, tokenizer, use_proprio=config.use_proprio).save_pretrained(
+        output_dir
+    )
 
 
 def main() -> None:
