@@ -6,7 +6,7 @@ import mujoco
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY
+from conftest import TINY_POLICY
 from labelled_frames import (
     BACKGROUND,
     BOWL,
@@ -164,7 +164,7 @@ def test_goals_name_all_objects_before_one_again():
 
 @pytest.fixture(scope="module")
 def policy():
-    return load_policy(REPOSITORY, dtype=torch.float32)
+    return load_policy(TINY_POLICY, dtype=torch.float32)
 
 
 def test_prompts_are_the_processors(policy):
@@ -211,7 +211,7 @@ def test_answers_are_those_of_the_policy_alone(policy):
 
 @pytest.mark.slow
 def test_it_learns_to_see_and_to_listen():
-    model, processor = load_policy(REPOSITORY, dtype=torch.float32)
+    model, processor = load_policy(TINY_POLICY, dtype=torch.float32)
     torch.manual_seed(0)
     frames = collect(120, SIZE, OBJECTS, seed=0, num_workers=1)
     seeing = Seeing(model, processor)
