@@ -92,6 +92,7 @@ from training.modes import (  # noqa: E402
     select_trainable,
 )
 from training.processes import in_main_process  # noqa: E402
+from training.smoothing import SmoothedLoss  # noqa: E402
 from training.trackers import continue_trackers  # noqa: E402
 from training.trainer import OpenVLATrainer  # noqa: E402
 
@@ -275,6 +276,18 @@ def check_action_dimensions(model: PreTrainedModel, statistics: dict[str, dict])
         raise ValueError(f"The policy's actions have {expected} dimensions, those of the datasets {sizes}.")
 
 
+def smooth_bins(model: PreTrainedModel, width: float) -> None:
+    """
+    Let neighbouring action bins share a label, while this model trains.
+
+    Raises:
+        ValueError: If the policy does not speak in bins.
+    """
+    if model.config.head_type != "tokens":
+        raise ValueError(f"--bin_smoothing is for policies that speak in bins, not for {model.config.head_type!r}.")
+    model.loss_function = SmoothedLoss(model.codec, width)
+
+
 def check_judging(flag: str, packages: Sequence[str], training: OpenVLATrainingArguments) -> None:
     """
     Raises:
@@ -334,6 +347,8 @@ def set_up(
     base_model = model.get_base_model() if model_arguments.use_peft else model
     base_model.norm_stats = processor.norm_stats = statistics
     check_action_dimensions(model, statistics)
+    if training.bin_smoothing:
+        smooth_bins(base_model, training.bin_smoothing)
     if training.device.type == "cpu":
         warm_up(base_model)
         training.dataloader_pin_memory = False

@@ -98,6 +98,21 @@ def run(request, recorded, tmp_path_factory) -> tuple[list[str], Path]:
     return mode, output
 
 
+def test_smoothed_bins(recorded, tmp_path):
+    """The loss of a step is that of the smoothed labels, which no prediction brings to zero."""
+    common = ["--max_steps", "1", "--validation_episodes", "0", "--save_steps", "1"]
+    for width in ("0", "6"):
+        train_hf.main(flags(recorded, tmp_path / width, *common, "--bin_smoothing", width))
+    plain, smoothed = (
+        json.loads((tmp_path / width / "checkpoint-1" / "trainer_state.json").read_text())["log_history"][0]["loss"]
+        for width in ("0", "6")
+    )
+    assert plain != smoothed
+    assert abs(plain - smoothed) < 0.5  # the start of the training knows nothing of either
+    with pytest.raises(ValueError, match="must not be negative"):
+        train_hf.parse_arguments([*flags(recorded, tmp_path), "--bin_smoothing", "-1"])
+
+
 class TestOutput:
     def test_root_is_a_repository(self, run, camera_image):
         _, output = run

@@ -176,7 +176,7 @@ class TestStart:
         [
             (("--head_type", "l1"), "reads all actions of one pass: set `attention_mode='bidirectional'`"),
             (("--use_film", "True"), "set `attention_mode='bidirectional'`"),
-            (("--head_type", "l2", *PARALLEL), "`head_type` must be 'tokens' or one of"),
+            (("--head_type", "l2", *PARALLEL), "`head_type` must be 'tokens', 'fast' or one of"),
             (("--num_inference_steps", "3"), "is for the 'diffusion' and 'flow' heads"),
             (("--num_images", "3"), "tabletop has no camera 'wrist_2'"),
             ((*OFT, "--camera", "primary"), r"looks at 2 image\(s\) .* --camera names 1: primary"),

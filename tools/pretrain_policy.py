@@ -48,7 +48,7 @@ sys.path.insert(0, str(REPOSITORY))
 
 from tabletop.record import Recording
 from tabletop.tasks import WORDINGS
-from training.smoothing import smoothed_cross_entropy
+from training.smoothing import smoothed_nll
 
 
 ACTION_DIM = 7
@@ -140,7 +140,7 @@ class Seeing(nn.Module):
 
     def loss(self, frames: Frames, forward: Callable | None = None) -> torch.Tensor:
         """Of some frames, by this module or its compiled `forward`."""
-        logits, poses = (forward or self)(self.pixel_values(frames))
+        logits, poses = (self if forward is None else forward)(self.pixel_values(frames))
         shares = patch_shares(frames.classes, self.grid)
         targets = patch_poses(shares, normalized(frames.poses))
         seen = F.cross_entropy(logits.transpose(1, 2), shares.transpose(1, 2))
@@ -387,7 +387,9 @@ class Listening(nn.Module):
             `tuple[torch.Tensor, dict[str, torch.Tensor]]`: The loss, and what [`Listening.validate`] looks at.
         """
         asked = self.ask(frames, rng)
-        poses, logits, looks = (forward or self)(features, asked.ids, asked.allowed, asked.position_ids)
+        poses, logits, looks = (self if forward is None else forward)(
+            features, asked.ids, asked.allowed, asked.position_ids
+        )
         rows = torch.arange(len(frames))[:, None]
         numbers = torch.from_numpy(frames.objects.astype(np.int64))[rows, asked.goals // len(KINDS)]  # (B, K)
         hands = torch.full_like(numbers, HAND)
@@ -399,7 +401,7 @@ class Listening(nn.Module):
         places = targets[:, :, None].expand_as(poses)
         hits, is_seen = looked_at(looks, shares, numbers)  # (B, heads, K, S), (B, K)
         look = -(hits + 1e-3).log().transpose(1, 2).transpose(2, 3)[is_after & is_seen[..., None]].mean()
-        speak = smoothed_cross_entropy(logits, bins, self.bin_smoothing).mean()
+        speak = smoothed_nll(logits.log_softmax(dim=-1), bins, self.bin_smoothing).mean()
         loss = speak + POSE_WEIGHT * distance(poses[is_after], places[is_after]) + LOOK_WEIGHT * look
         last = self.prompts.length - 1
         found = {"poses": poses[:, :, last, 0], "places": targets[:, :, 0], "logits": logits, "actions": actions}

@@ -185,6 +185,13 @@ class OpenVLATrainingArguments(TrainingArguments):
         default_factory=lambda: dict(GRADIENT_CHECKPOINTING_KWARGS),
         metadata={"help": "Re-entrant checkpointing would lose gradients of adapters in the towers."},
     )
+    bin_smoothing: float = field(
+        default=0.0,
+        metadata={
+            "help": "Width in bins of the labels of action tokens, which neighbouring bins then share; 0: none. A few "
+            "bins help where demonstrations repeat some actions to the bin, as scripted ones do."
+        },
+    )
     run_id: str | None = field(
         default=None, metadata={"help": "Of wandb's run. By default that of the checkpoint, or a new one."}
     )
@@ -217,6 +224,8 @@ class OpenVLATrainingArguments(TrainingArguments):
         if self.remove_unused_columns or not self.ignore_data_skip:
             raise ValueError("`remove_unused_columns` must stay false and `ignore_data_skip` true: see robot_data.")
         self._check_rollouts()
+        if self.bin_smoothing < 0:
+            raise ValueError(f"--bin_smoothing must not be negative, got {self.bin_smoothing}.")
         if self.logging_dir is None:
             self.logging_dir = str(Path(self.output_dir) / "runs")
         if not 0 <= self.warmup_ratio < 1:
