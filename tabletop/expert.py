@@ -148,18 +148,19 @@ class Expert:
         return bool(np.linalg.norm(target[:2] - self.env.data.body("bowl").xpos[:2]) < 0.04)
 
     def _yaw_error(self) -> float:
-        """Turn about the vertical, in radians, after which the fingers close across the target's narrow side."""
+        """
+        Turn about the vertical, in radians, after which the fingers close across a brick's narrow side. Other shapes
+        fit between the fingers, or turn into them, as they lie.
+        """
         env = self.env
-        shape = self.goal.target.split()[1]
-        if shape in ("cylinder", "ball"):
+        if self.goal.target.split()[1] != "brick":
             return 0.0
-        period = np.pi if shape == "brick" else np.pi / 2
         hand = env.data.site("grasp").xmat.reshape(3, 3)
         across = env.data.body(self.goal.target).xmat.reshape(3, 3)[:, 1]
         error = np.arctan2(across[1], across[0]) - np.arctan2(hand[1, 1], hand[0, 1])
-        error = float((error + period / 2) % period - period / 2)
+        error = float((error + np.pi / 2) % np.pi - np.pi / 2)
         turned = np.arctan2(hand[1, 0], hand[0, 0])
-        return error if abs(turned + error) < MAX_YAW else error - float(np.copysign(period, turned))
+        return error if abs(turned + error) < MAX_YAW else error - float(np.copysign(np.pi, turned))
 
     def _upright_error(self) -> np.ndarray:
         """Roll and pitch (2,), in radians, after which the hand points straight down; zero where it nearly does."""

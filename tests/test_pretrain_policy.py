@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY_POLICY
+from init_policy import make_statistics
 from labelled_frames import (
     BACKGROUND,
     BOWL,
@@ -22,7 +23,7 @@ from labelled_frames import (
     collect,
     collect_episode,
 )
-from load_policy import load_policy
+from load_policy import load_policy, repository_class
 from pretrain_policy import (
     ACTION_DIM,
     Listening,
@@ -183,14 +184,22 @@ def test_prompts_are_the_processors(policy):
             assert processor.tokenizer.decode(end[: named + 1]).endswith(name)
 
 
-def test_answers_are_those_of_the_policy_alone(policy):
+@pytest.mark.parametrize("use_proprio", [False, True])
+def test_answers_are_those_of_the_policy_alone(use_proprio):
     """Packed as branches behind one picture, questions are answered as by the policy's own forward, one by one."""
-    model, processor = policy
+    torch.manual_seed(0)
+    processor = repository_class("OpenVLAProcessor").from_pretrained(TINY_POLICY, use_proprio=use_proprio)
+    model = repository_class("OpenVLAForActionPrediction").from_pretrained(
+        TINY_POLICY, dtype=torch.float32, use_proprio=use_proprio, proprio_dim=8 if use_proprio else None
+    )
+    model.norm_stats = processor.norm_stats = make_statistics("tabletop")
     episode = collect_episode(0, SIZE, OBJECTS)[slice(2)]
     seeing, listening = Seeing(model, processor), Listening(model, processor, Prompts(processor, OBJECTS, SIZE), 3)
     asked = listening.ask(episode, np.random.default_rng(0))
     with torch.no_grad():
-        _, logits, looks = listening(seeing.features(episode), asked.ids, asked.allowed, asked.position_ids)
+        states = listening.normalized_states(episode)
+        features = model.get_image_features(seeing.pixel_values(episode))
+        _, logits, looks = listening(features, states, asked.ids, asked.allowed, asked.position_ids)
         assert looks.sum(-1).max() <= 1.0 + 1e-3
         for row, column in np.ndindex(2, 3):
             goal = int(asked.goals[row, column])
@@ -201,12 +210,14 @@ def test_answers_are_those_of_the_policy_alone(policy):
             ids = torch.tensor([listening.prompts.start + end + branch[-6:]])
             answer = processor.encode_actions(episode.actions[row, goal])
             assert branch[-6:] == answer[:-1].tolist()
-            with torch.autocast("cpu", torch.bfloat16):
-                output = model(input_ids=ids, pixel_values=seeing.pixel_values(episode[slice(row, row + 1)]))
-            begin = model.config.action_token_begin
-            expected = output.logits[0, -ACTION_DIM:, begin : model.config.action_token_end].float()
-            # bfloat16 rounds differently in batches of other shapes.
-            torch.testing.assert_close(logits[row, column], expected, atol=3e-2, rtol=0)
+            alone = episode[slice(row, row + 1)]
+            proprio = {"proprio": listening.normalized_states(alone)} if use_proprio else {}
+            output = model(input_ids=ids, pixel_values=seeing.pixel_values(alone), **proprio)
+            actions = slice(model.config.action_token_begin, model.config.action_token_end)
+            torch.testing.assert_close(logits[row, column], output.logits[0, -ACTION_DIM:, actions], atol=1e-4, rtol=0)
+            if use_proprio:
+                other = model(input_ids=ids, pixel_values=seeing.pixel_values(alone), proprio=proprio["proprio"] + 1)
+                assert (other.logits - output.logits).abs().max() > 1e-3
 
 
 @pytest.mark.slow

@@ -99,6 +99,9 @@ def write_policy(output_dir: Path, seed: int, dataset: str) -> None:
         tower_configs=TOWERS,
         text_config={**LANGUAGE_MODEL, **special, "vocab_size": vocab_size},
         norm_stats=make_statistics(dataset),
+        # One camera does not tell how far away the hand is.
+        use_proprio=True,
+        proprio_dim=8,
         action_token_end=tokenizer.vocab_size,
         closing_token_id=tokenizer.convert_tokens_to_ids("▁"),
         pad_token_id=tokenizer.pad_token_id,

@@ -59,6 +59,7 @@ class Frames:
         objects (`np.ndarray`): uint8 (N, O), classes of the objects of the scene.
         actions (`np.ndarray`): float32 (N, O * 4, 7), what the expert would do for each goal.
         followed (`np.ndarray`): uint8 (N,), the goal that was followed.
+        states (`np.ndarray`): float32 (N, 8), the robot's, as [`TabletopEnv`] observes it.
     """
 
     images: np.ndarray
@@ -67,6 +68,7 @@ class Frames:
     objects: np.ndarray
     actions: np.ndarray
     followed: np.ndarray
+    states: np.ndarray
 
     def __len__(self) -> int:
         return len(self.images)
@@ -104,7 +106,7 @@ def collect(num_frames: int, image_size: int, known: list[str], seed: int, num_w
 def collect_episode(seed: int, image_size: int, known: list[str]) -> Frames:
     """What the front camera sees while a noisy expert handles known objects, now for one goal, now for another."""
     env = TabletopEnv(image_size=image_size, cameras=(), objects=known, max_steps=MAX_STEPS)
-    env.reset(seed=seed)
+    observation, _ = env.reset(seed=seed)
     rng, found, ended = np.random.default_rng(seed), [], False
     goals = all_goals(env)
     experts, names = [Expert(env, goal) for goal in goals], [goal.target for goal in goals]
@@ -116,10 +118,11 @@ def collect_episode(seed: int, image_size: int, known: list[str]) -> Frames:
     while not ended:
         picture, geoms = env.camera.render_with_geoms(env.data, "front")
         actions = np.stack([expert.action() for expert in experts])
-        found.append((picture, classes[geoms], class_poses(env), np.uint8(objects), actions, np.uint8(followed)))
+        labels = classes[geoms], class_poses(env), np.uint8(objects), actions, np.uint8(followed)
+        found.append((picture, *labels, observation["state"]))
         if rng.random() < CHANGE_OF_GOAL:
             followed = int(rng.choice(allowed))
-        _, _, _, truncated, info = env.step(experts[followed].noisy_action(rng, NOISE))
+        observation, _, _, truncated, info = env.step(experts[followed].noisy_action(rng, NOISE))
         over = info["outcome"] in ("success", "wrong_object") and rng.random() < REST
         ended = truncated or over or info["outcome"] == "dropped"
     env.close()

@@ -110,11 +110,12 @@ class Seeing(nn.Module):
     Args:
         model ([`PreTrainedModel`]): The policy.
         processor ([`ProcessorMixin`]): Of the policy.
+        bf16 (`bool`, defaults to `False`): Compute in bfloat16.
     """
 
-    def __init__(self, model: PreTrainedModel, processor: ProcessorMixin):
+    def __init__(self, model: PreTrainedModel, processor: ProcessorMixin, bf16: bool = False):
         super().__init__()
-        self.model, self.processor = model, processor
+        self.model, self.processor, self.bf16 = model, processor, bf16
         self.grid = math.isqrt(model.config.towers[0].num_patches)
         self.word_ids = [processor.tokenizer(name, add_special_tokens=False)["input_ids"] for name in CLASSES]
         self.class_bias = nn.Parameter(torch.zeros(NUM_CLASSES))
@@ -128,7 +129,7 @@ class Seeing(nn.Module):
 
     def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits of the classes (B, P, C) and normalised poses (B, P, 6) of pictures (B, towers * 3, S, S)."""
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
             features = self.model.get_image_features(pixel_values)
             poses = self.pose_readout(features).float()
         embeddings = self.model.get_input_embeddings().weight
@@ -162,7 +163,7 @@ class Seeing(nn.Module):
     @torch.no_grad()
     def features(self, frames: Frames) -> torch.Tensor:
         """Patch tokens, bfloat16 (N, P, H)."""
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
             return torch.cat(
                 [self.model.get_image_features(self.pixel_values(batch)).bfloat16() for batch in _batches(frames, 32)]
             )
@@ -222,8 +223,9 @@ def _find(part: list[int], row: list[int]) -> int:
 @dataclass
 class Questions:
     """
-    Several instructions about each of B pictures, as branches behind what they share: BOS, the P patches and the
-    start of the prompt. Branches are S tokens long: the rest of the prompt, padded on the left, and the action.
+    Several instructions about each of B pictures, as branches behind what they share: BOS, the P patches, the state
+    and the start of the prompt. Branches are S tokens long: the rest of the prompt, padded on the left, and the
+    action.
 
     Args:
         ids (`torch.Tensor`): (B, K, S).
@@ -275,6 +277,7 @@ class Listening(nn.Module):
         prompts ([`Prompts`]): What it may be asked.
         count (`int`): Questions about each picture.
         bin_smoothing (`float`, defaults to 0.0): Width of the actions' labels, in bins.
+        bf16 (`bool`, defaults to `False`): Compute in bfloat16.
     """
 
     def __init__(
@@ -284,12 +287,13 @@ class Listening(nn.Module):
         prompts: Prompts,
         count: int,
         bin_smoothing: float = 0.0,
+        bf16: bool = False,
     ):
         super().__init__()
-        self.model, self.processor, self.prompts = model, processor, prompts
+        self.model, self.processor, self.prompts, self.bf16 = model, processor, prompts, bf16
         self.count, self.bin_smoothing = count, bin_smoothing
         self.num_patches = model.config.towers[0].num_patches
-        self.num_shared = self.num_patches + len(prompts.start)
+        self.num_shared = model.num_image_tokens + len(prompts.start)
         self.branch = prompts.length + ACTION_DIM - 1  # the last action token has nothing to predict
         self.pose_readout = nn.Linear(model.config.text_config.hidden_size, 2 * POSE_SIZE)
         # The first head of each layer but the first, which has yet to put the words of a name together, and the last.
@@ -298,7 +302,8 @@ class Listening(nn.Module):
         model.language_model.set_attn_implementation("eager")
 
     def trained_parameters(self) -> list[nn.Parameter]:
-        return [*self.model.language_model.parameters(), *self.pose_readout.parameters()]
+        parts = (self.model.language_model, self.model.proprio_projector, self.pose_readout)
+        return [each for part in parts if part is not None for each in part.parameters()]
 
     def ask(self, frames: Frames, rng: np.random.Generator) -> Questions:
         """Questions about some frames, with the actions that answer them."""
@@ -325,6 +330,12 @@ class Listening(nn.Module):
         """Token ids of the environment's actions (..., 7)."""
         return self.processor.encode_actions(actions.reshape(-1, ACTION_DIM)).reshape(actions.shape)
 
+    def normalized_states(self, frames: Frames) -> torch.Tensor:
+        """float32 (B, 8); (B, 0) for a policy that looks at none."""
+        if not self.model.config.use_proprio:
+            return torch.zeros(len(frames), 0)
+        return torch.as_tensor(self.processor.normalize_state(frames.states), dtype=torch.float32)
+
     def _layout(self, starts: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """What attends to what, and positions, of branches (B, K) that begin at `starts`."""
         count, shared, total = len(starts), self.num_shared, self.num_shared + self.count * self.branch
@@ -339,11 +350,17 @@ class Listening(nn.Module):
         return allowed[:, None], torch.cat([torch.arange(shared).expand(count, -1), branches], dim=1)
 
     def forward(
-        self, features: torch.Tensor, ids: torch.Tensor, allowed: torch.Tensor, position_ids: torch.Tensor
+        self,
+        features: torch.Tensor,
+        states: torch.Tensor,
+        ids: torch.Tensor,
+        allowed: torch.Tensor,
+        position_ids: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """
         Args:
             features (`torch.Tensor`): Patch tokens (B, P, H).
+            states (`torch.Tensor`): Normalised states (B, 8), not looked at by a policy without `use_proprio`.
             ids, allowed, position_ids (`torch.Tensor`): As in [`Questions`].
 
         Returns:
@@ -353,9 +370,12 @@ class Listening(nn.Module):
         """
         model, config = self.model, self.model.config
         embed, bins = model.get_input_embeddings(), slice(config.action_token_begin, config.action_token_end)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
             start = embed(torch.tensor(self.prompts.start)).expand(len(features), -1, -1)
-            inputs = torch.cat([start[:, :1], features.to(start.dtype), start[:, 1:], embed(ids.flatten(1))], dim=1)
+            observed = [features.to(start.dtype)]
+            if model.config.use_proprio:
+                observed.append(model.proprio_projector(states)[:, None].to(start.dtype))  # (B, 1, H)
+            inputs = torch.cat([start[:, :1], *observed, start[:, 1:], embed(ids.flatten(1))], dim=1)
             output = model.language_model.get_decoder()(
                 inputs_embeds=inputs,
                 attention_mask=torch.zeros(allowed.shape).masked_fill(~allowed, torch.finfo(torch.bfloat16).min),
@@ -388,7 +408,7 @@ class Listening(nn.Module):
         """
         asked = self.ask(frames, rng)
         poses, logits, looks = (self if forward is None else forward)(
-            features, asked.ids, asked.allowed, asked.position_ids
+            features, self.normalized_states(frames), asked.ids, asked.allowed, asked.position_ids
         )
         rows = torch.arange(len(frames))[:, None]
         numbers = torch.from_numpy(frames.objects.astype(np.int64))[rows, asked.goals // len(KINDS)]  # (B, K)
@@ -569,6 +589,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--hold_out", nargs="+", default=[], help="as `python -m tabletop.record` takes it")
     parser.add_argument("--num_workers", type=int, default=2, help="processes that run the simulator")
+    parser.add_argument("--bf16", action="store_true", help="compute in bfloat16, on CPUs that can")
     parser.add_argument("--torch_compile", action="store_true", help="faster after a minute; needs a C++ compiler")
     arguments = parser.parse_args()
     known = Recording(episodes=1, hold_out=tuple(arguments.hold_out)).targets()
@@ -578,10 +599,10 @@ def main() -> None:
     first_seed = arguments.seed * 1_000_000
     held_out = collect(1000, side, known, first_seed + 900_000, arguments.num_workers)
     frames = collect(arguments.frames, side, known, first_seed, arguments.num_workers)
-    seeing = Seeing(model, processor)
+    seeing = Seeing(model, processor, arguments.bf16)
     see(seeing, frames, held_out, arguments)
     prompts = Prompts(processor, known, side)
-    listening = Listening(model, processor, prompts, arguments.questions, arguments.bin_smoothing)
+    listening = Listening(model, processor, prompts, arguments.questions, arguments.bin_smoothing, arguments.bf16)
     listen(listening, seeing, frames, held_out, arguments)
     model.to(torch.bfloat16).save_pretrained(arguments.output_dir)
     processor.save_pretrained(arguments.output_dir)
