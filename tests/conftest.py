@@ -9,6 +9,8 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 FIXTURES = Path(__file__).resolve().parent / "fixtures"
+# Random weights, two layers, pictures of 112 pixels: for tests that want some policy, whichever one is shipped.
+TINY_POLICY = FIXTURES / "tiny_policy"
 
 # Before the libraries are imported: no network, and a module cache of our own for each test process.
 _home = tempfile.TemporaryDirectory(prefix="openvla-tests-")
@@ -69,14 +71,14 @@ def golden_image_processor():
 
 @pytest.fixture
 def policy():
-    """The policy of this checkout with its processor, in float32, the model fresh for each test."""
-    return load_policy(REPOSITORY, dtype=torch.float32)
+    """The tiny policy with its processor, in float32, the model fresh for each test."""
+    return load_policy(TINY_POLICY, dtype=torch.float32)
 
 
 @pytest.fixture
 def processor():
-    """The processor of this checkout, fresh for each test."""
-    return repository_class("OpenVLAProcessor").from_pretrained(REPOSITORY)
+    """The processor of the tiny policy, fresh for each test."""
+    return repository_class("OpenVLAProcessor").from_pretrained(TINY_POLICY)
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ import evaluate_policy
 import gymnasium
 import numpy as np
 import pytest
-from conftest import REPOSITORY
+from conftest import TINY_POLICY
 
 from evaluation.ablations import BlackImage, OtherObject
 from tabletop.environment import TabletopEnv
@@ -63,7 +63,7 @@ def test_other_object_needs_the_tabletop():
 
 @pytest.mark.parametrize("name", ["BlackImage", "OtherObject"])
 def test_command(name, tmp_path):
-    arguments = ["--policy", str(REPOSITORY), "--episodes", "1", "--max_steps", "2", "--tasks", "pick"]
+    arguments = ["--policy", str(TINY_POLICY), "--episodes", "1", "--max_steps", "2", "--tasks", "pick"]
     adapter = ["--adapter", f"evaluation.ablations:{name}", "--output_dir", str(tmp_path)]
     assert evaluate_policy.main([*arguments, *adapter]) == 0
     results = json.loads((tmp_path / "results.json").read_text())

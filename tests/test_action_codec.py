@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import GOLDEN, REPOSITORY
+from conftest import GOLDEN, TINY_POLICY
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -77,7 +77,7 @@ def bridge():
 
 @pytest.fixture(scope="module")
 def bridge_processor(bridge):
-    processor = repository_class("OpenVLAProcessor").from_pretrained(REPOSITORY)
+    processor = repository_class("OpenVLAProcessor").from_pretrained(TINY_POLICY)
     processor.norm_stats = {"bridge_orig": bridge}
     return processor
 

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY
+from conftest import TINY_POLICY
 from load_policy import load_policy, repository_class
 from PIL import Image
 from transformers import AttentionInterface, Trainer, TrainingArguments
@@ -36,12 +36,12 @@ def statistics() -> dict:
     spread = {"mean": [0.0] * STATE_DIM, "std": [1.0] * STATE_DIM}
     low, high = [-2.0, -1.0, 0.0, 0.0, 3.0], [2.0, 1.0, 4.0, 8.0, 3.0]
     proprio = spread | {"min": low, "max": high, "q01": low, "q99": high}
-    action = json.loads((REPOSITORY / "dataset_statistics.json").read_text())[KEY]["action"]
+    action = json.loads((TINY_POLICY / "dataset_statistics.json").read_text())[KEY]["action"]
     return {KEY: {"action": action, "proprio": proprio}}
 
 
 def make_config(**overrides):
-    settings = json.loads((REPOSITORY / "config.json").read_text())
+    settings = json.loads((TINY_POLICY / "config.json").read_text())
     names = ("action_token_end", "closing_token_id", "pad_token_id")
     return repository_class("OpenVLAConfig")(
         llm_backbone_id=None,
@@ -62,7 +62,7 @@ def make_policy(**overrides):
             torch.nn.init.normal_(parameter, std=1.0 if "embed_tokens" in name else parameter[0].numel() ** -0.5)
     names = ("norm_type", "head_type", "chunk_size", "num_images", "use_proprio", "append_stop_token")
     processor = repository_class("OpenVLAProcessor").from_pretrained(
-        REPOSITORY, input_sizes=[[3, 28, 28]] * 2, **{name: getattr(config, name) for name in names}
+        TINY_POLICY, input_sizes=[[3, 28, 28]] * 2, **{name: getattr(config, name) for name in names}
     )
     processor.norm_stats = config.norm_stats
     return model, processor
@@ -574,7 +574,7 @@ class TestProcessor:
             processor(instruction="a", state=STATES[0])
 
     def test_a_state_that_nobody_takes(self):
-        processor = repository_class("OpenVLAProcessor").from_pretrained(REPOSITORY)
+        processor = repository_class("OpenVLAProcessor").from_pretrained(TINY_POLICY)
         with pytest.raises(ValueError, match="takes none"):
             processor(instruction="a", state=STATES[0])
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 from assemble_policy import VISION_REPOSITORIES, assemble, check_repository, end_of_text_tokens, locate_towers
-from conftest import FIXTURES, REPOSITORY
+from conftest import FIXTURES, REPOSITORY, TINY_POLICY
 from hub_server import HubServer
 from load_policy import load_policy, repository_class
 from safetensors.torch import load_file, save_file
@@ -76,7 +76,7 @@ def write_language_model(directory: Path, kind: str, **kwargs) -> Path:
     """
     torch.manual_seed(1)
     if kind == "llama":
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(REPOSITORY)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(TINY_POLICY)
         config = LlamaConfig(**SIZES, vocab_size=1088, rope_theta=5e4, rms_norm_eps=1e-5, **kwargs)
         model = LlamaForCausalLM(config).to(torch.bfloat16)
     elif kind == "smollm":

@@ -12,7 +12,7 @@ import evaluate_policy
 import gymnasium
 import numpy as np
 import pytest
-from conftest import REPOSITORY
+from conftest import REPOSITORY, TINY_POLICY
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -739,7 +739,7 @@ class TestRobosuite:
         assert "ValueError: MuJoCo cannot render" in finished.stderr
         assert "MUJOCO_GL=osmesa" in finished.stderr
 
-    @pytest.mark.parametrize("policy", ["random", REPOSITORY])
+    @pytest.mark.parametrize("policy", ["random", TINY_POLICY])
     def test_command(self, policy, tmp_path):
         arguments = [
             "--policy",

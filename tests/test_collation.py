@@ -5,7 +5,7 @@ import io
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY
+from conftest import TINY_POLICY
 from load_policy import repository_class
 from PIL import Image
 
@@ -94,7 +94,7 @@ STATE |= {"min": STATE["q01"], "max": STATE["q99"], "mean": [0.0] * 8, "std": [1
 def oft():
     """The processor of a policy with a head, two cameras, chunks of three and the state."""
     processor = repository_class("OpenVLAProcessor").from_pretrained(
-        REPOSITORY, head_type="l1", chunk_size=3, num_images=2, use_proprio=True
+        TINY_POLICY, head_type="l1", chunk_size=3, num_images=2, use_proprio=True
     )
     processor.norm_stats["tabletop"]["proprio"] = STATE
     return processor

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import FIXTURES, GOLDEN, REPOSITORY
+from conftest import FIXTURES, GOLDEN, REPOSITORY, TINY_POLICY
 from load_policy import repository_class
 from safetensors.torch import load_file
 from transformers import AutoConfig
@@ -197,7 +197,7 @@ def test_language_models(config_class, llm_backbone_id):
 def test_small_language_models_predict(config_class, processor, camera_image, llm_backbone_id):
     """Every family decodes through the same code: with a cache, its tokens are those of one uncached forward."""
     sizes = {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 96, "num_attention_heads": 4}
-    settings = json.loads((REPOSITORY / "config.json").read_text())
+    settings = json.loads((TINY_POLICY / "config.json").read_text())
     config = config_class(
         llm_backbone_id=llm_backbone_id,
         text_config={**sizes, "num_key_value_heads": 2, "vocab_size": 1088, "pad_token_id": 1024},
@@ -216,17 +216,17 @@ def test_small_language_models_predict(config_class, processor, camera_image, ll
 
 
 def test_overrides_while_loading(config_class):
-    config = config_class.from_pretrained(REPOSITORY, tower_configs=[{"image_size": 28}], closing_token_id=None)
+    config = config_class.from_pretrained(TINY_POLICY, tower_configs=[{"image_size": 28}], closing_token_id=None)
     assert config.image_sizes == [28]
     assert config.use_fused_vision_backbone is False
     assert config.arch_specifier == "no-align+gelu-mlp"
     assert config.num_image_tokens == 4
     assert config.closing_token_id is None
-    text_config = config_class.from_pretrained(REPOSITORY, text_config={"num_hidden_layers": 5}).text_config
+    text_config = config_class.from_pretrained(TINY_POLICY, text_config={"num_hidden_layers": 5}).text_config
     assert (text_config.num_hidden_layers, text_config.hidden_size) == (5, 128)
     for arguments in ({"n_action_bins": 5000}, {"norm_type": "q99"}, {"norm_stats": {"a": 3}}):
         with pytest.raises(ValueError, match=r"do not fit|must be 'bounds_q99'|'a' has no"):
-            config_class.from_pretrained(REPOSITORY, **arguments)
+            config_class.from_pretrained(TINY_POLICY, **arguments)
 
 
 def test_partial_text_config_keeps_the_published_vocabulary(config_class):
@@ -236,7 +236,7 @@ def test_partial_text_config_keeps_the_published_vocabulary(config_class):
 
 
 def test_own_entries_of_the_auto_map_survive(config_class, tmp_path):
-    config = config_class.from_pretrained(REPOSITORY)
+    config = config_class.from_pretrained(TINY_POLICY)
     config.auto_map["AutoBackbone"] = "my_code.Backbone"
     config.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["auto_map"]["AutoBackbone"] == "my_code.Backbone"

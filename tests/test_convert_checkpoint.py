@@ -13,7 +13,7 @@ import convert_checkpoint
 import numpy as np
 import pytest
 import torch
-from conftest import FIXTURES, GOLDEN, REPOSITORY, golden_towers
+from conftest import FIXTURES, GOLDEN, REPOSITORY, TINY_POLICY, golden_towers
 from convert_checkpoint import convert
 from hub_server import HubServer
 from load_policy import repository_class
@@ -62,9 +62,9 @@ def native_groups(golden_tensors):
 
 @pytest.fixture(scope="module")
 def llama_sized_tokenizer(tmp_path_factory):
-    """This repository's tokenizer with Llama's numbers: 32,000 tokens, "▁" at 29871, and no padding token."""
+    """The tiny policy's tokenizer with Llama's numbers: 32,000 tokens, "▁" at 29871, and no padding token."""
     directory = tmp_path_factory.mktemp("tokenizer")
-    content = json.loads((REPOSITORY / "tokenizer.json").read_text(encoding="utf-8"))
+    content = json.loads((TINY_POLICY / "tokenizer.json").read_text(encoding="utf-8"))
     content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] != "<PAD>"]
     vocabulary = content["model"]["vocab"]
     free = vocabulary["▁"]
@@ -342,7 +342,7 @@ def test_known_base_vlms():
 
 def test_another_tokenizer_is_refused(run, tmp_path, llama_sized_tokenizer, overrides, capsys):
     arguments = [str(run), str(tmp_path / "out"), "--config", str(overrides), "--tokenizer"]
-    assert convert_checkpoint.main([*arguments, str(REPOSITORY)]) == 1
+    assert convert_checkpoint.main([*arguments, str(TINY_POLICY)]) == 1
     assert "1025 tokens, which do not make the 32064 rows" in one_error(capsys)
     renumbered = tmp_path / "tokenizer"
     shutil.copytree(llama_sized_tokenizer, renumbered)
@@ -484,7 +484,7 @@ def published(tmp_path):
     directory = tmp_path / "published"
     shutil.copytree(GOLDEN / "ckpt", directory)
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(REPOSITORY / name, directory)
+        shutil.copy(TINY_POLICY / name, directory)
     config = read_json(directory / "config.json") | {"tower_configs": golden_towers()}
     config["auto_map"] = {
         "AutoConfig": "configuration_prismatic.OpenVLAConfig",

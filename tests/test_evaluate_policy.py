@@ -12,7 +12,7 @@ import model_card
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import FIXTURES, REPOSITORY
+from conftest import FIXTURES, REPOSITORY, TINY_POLICY
 from huggingface_hub import ModelCard, ModelCardData
 from load_policy import load_policy
 from PIL import Image, ImageDraw
@@ -486,7 +486,8 @@ class TestCommand:
         arguments = ("--policy", REPOSITORY, "--episodes", 2, "--tasks", "push", "pick", "--max_steps", 2)
         assert run(*arguments, "--trust_remote_code", "--output_dir", tmp_path) == 0
         results = json.loads((tmp_path / "results.json").read_text())
-        assert results["environment"]["arguments"]["image_size"] == 112
+        (side, _) = json.loads((REPOSITORY / "config.json").read_text())["image_sizes"]
+        assert results["environment"]["arguments"]["image_size"] == side
         assert list(results["tasks"]) == ["push", "pick"]
         assert results["all"]["failures"] == {"timeout": 4}
         table = capsys.readouterr().out.splitlines()
@@ -511,7 +512,7 @@ class TestCommand:
             (["--policy", "expert", "--tasks", "fly"], r"Tasks ['fly'] are unknown"),
             (["--policy", "expert", "--episodes", 0], "`--episodes` must be at least 1"),
             (["--policy", "expert", "--num_envs", 0], "`--num_envs` must be at least 1"),
-            (["--policy", REPOSITORY, "--unnorm_key", "moon"], "moon"),
+            (["--policy", TINY_POLICY, "--unnorm_key", "moon"], "moon"),
             (["--policy", f"replay:{FIXTURES / 'lerobot' / 'v30_images'}"], "no meta/tabletop.jsonl"),
             (["--policy", "replay:nowhere"], "no meta/tabletop.jsonl"),
             (["--policy", "replay:nowhere", "--seed", 1], "--seed would be ignored"),
@@ -564,9 +565,9 @@ class TestCommand:
         assert told("--env", "robosuite:Lift", "--adapter", "module:Class") == {}
 
     def test_wrong_action_dimension(self, tmp_path, capsys):
-        for path in [*REPOSITORY.glob("*.json"), *REPOSITORY.glob("*.safetensors")]:
+        for path in [*TINY_POLICY.glob("*.json"), *TINY_POLICY.glob("*.safetensors")]:
             (tmp_path / path.name).symlink_to(path)
-        statistics = json.loads((REPOSITORY / "dataset_statistics.json").read_text())
+        statistics = json.loads((TINY_POLICY / "dataset_statistics.json").read_text())
         action = statistics["tabletop"]["action"]
         statistics["tabletop"]["action"] = {name: values[:6] for name, values in action.items()}
         (tmp_path / "dataset_statistics.json").unlink()
@@ -580,10 +581,10 @@ class TestChunks:
 
     @pytest.fixture(scope="class")
     def chunked(self, tmp_path_factory):
-        """The policy of this checkout with chunks of three, two cameras and the state."""
+        """The tiny policy with chunks of three, two cameras and the state."""
         directory = tmp_path_factory.mktemp("chunked") / "policy"
         changes = {"chunk_size": 3, "num_images": 2, "use_proprio": True, "proprio_dim": 8, "norm_stats": {}}
-        model, processor = load_policy(REPOSITORY, changes=changes)
+        model, processor = load_policy(TINY_POLICY, changes=changes)
         bounds = {"q01": [-1.0] * 8, "q99": [1.0] * 8, "min": [-1.0] * 8, "max": [1.0] * 8}
         model.norm_stats = {"tabletop": {**processor.norm_stats["tabletop"], "proprio": bounds}}
         model.save_pretrained(directory)

@@ -12,7 +12,7 @@ import merge_adapter
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, REPOSITORY, golden_towers, load_golden
+from conftest import GOLDEN, REPOSITORY, TINY_POLICY, golden_towers, load_golden
 from hub_server import HubServer
 from load_policy import load_policy, repository_class
 from merge_adapter import Adapter, merge
@@ -81,7 +81,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("base") / "published"
     shutil.copytree(GOLDEN / "ckpt", directory)
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(REPOSITORY / name, directory)
+        shutil.copy(TINY_POLICY / name, directory)
     auto_map = {
         "AutoConfig": "configuration_prismatic.OpenVLAConfig",
         "AutoModelForVision2Seq": "modeling_prismatic.OpenVLAForActionPrediction",
@@ -92,17 +92,17 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def shipped_merge(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, PreTrainedModel]:
-    """An adapter over the policy of this checkout, and that policy with it as PEFT merges them. Do not change them."""
+def tiny_merge(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, PreTrainedModel]:
+    """An adapter over the tiny policy, and that policy with it as PEFT merges them. Do not change them."""
     directory = tmp_path_factory.mktemp("adapters") / "adapter"
-    model, _ = load_policy(REPOSITORY, dtype=torch.float32)
+    model, _ = load_policy(TINY_POLICY, dtype=torch.float32)
     return directory, write_adapter(model, directory, target_modules=["qkv", "q_proj", "lm_head"])
 
 
 @pytest.fixture
-def adapter(shipped_merge, tmp_path: Path) -> Path:
+def adapter(tiny_merge, tmp_path: Path) -> Path:
     """A copy of the adapter, to change."""
-    return shutil.copytree(shipped_merge[0], tmp_path / "adapter")
+    return shutil.copytree(tiny_merge[0], tmp_path / "adapter")
 
 
 @pytest.fixture
@@ -129,21 +129,21 @@ class TestArithmetic:
         written = load_file(tmp_path / "out" / "model.safetensors")
         assert any(not torch.equal(written[name], tensor.float()) for name, tensor in base.items())
 
-    def test_rounded_once(self, shipped_merge, tmp_path):
+    def test_rounded_once(self, tiny_merge, tmp_path):
         """bfloat16 weights are the float32 sum, rounded; rounding the update first moves a third of them."""
-        directory, merged = shipped_merge
+        directory, merged = tiny_merge
         merge(directory, tmp_path / "out")
         expected = {name: tensor.bfloat16() for name, tensor in merged.state_dict().items()}
         assert_equal_tensors(tmp_path / "out", expected, atol=0)
 
-    def test_more_rows_than_are_merged_at_a_time(self, shipped_merge, tmp_path, monkeypatch):
+    def test_more_rows_than_are_merged_at_a_time(self, tiny_merge, tmp_path, monkeypatch):
         monkeypatch.setattr(merge_adapter, "ROWS", 7)
-        directory, merged = shipped_merge
+        directory, merged = tiny_merge
         merge(directory, tmp_path / "out", dtype=torch.float32)
         assert_equal_tensors(tmp_path / "out", merged.state_dict())
 
-    def test_a_stored_head_replaces_the_bases(self, shipped_merge, adapter, tmp_path):
-        _, merged = shipped_merge
+    def test_a_stored_head_replaces_the_bases(self, tiny_merge, adapter, tmp_path):
+        _, merged = tiny_merge
         tensors = load_file(adapter / ADAPTER_NAME)
         stored = f"{PREFIX}language_model.lm_head.base_layer.weight"
         tensors[stored] = tensors[stored].float() + 1
@@ -173,8 +173,8 @@ class TestArithmetic:
 
 
 class TestRepository:
-    def test_complete(self, shipped_merge, tmp_path, camera_image):
-        directory, merged = shipped_merge
+    def test_complete(self, tiny_merge, tmp_path, camera_image):
+        directory, merged = tiny_merge
         merge(directory, tmp_path / "out_policy", dtype=torch.float32)
         merged.save_pretrained(tmp_path / "peft")
         config, expected = (json.loads((tmp_path / x / "config.json").read_text()) for x in ("out_policy", "peft"))
@@ -212,7 +212,7 @@ class TestRepository:
         assert not (tmp_path / "out" / "modeling_prismatic.py").exists()
 
     def test_statistics_beside_the_adapter_win(self, adapter, tmp_path):
-        statistics = json.loads((REPOSITORY / "dataset_statistics.json").read_text())
+        statistics = json.loads((TINY_POLICY / "dataset_statistics.json").read_text())
         statistics = {"my_robot": statistics["tabletop"]}
         (adapter / "dataset_statistics.json").write_text(json.dumps(statistics))
         merge(adapter, tmp_path / "out")
@@ -225,7 +225,7 @@ class TestRepository:
         assert "my_robot" in refused(adapter)
 
     def test_processor_beside_the_adapter_wins(self, adapter, tmp_path):
-        processor = repository_class("OpenVLAProcessor").from_pretrained(REPOSITORY, resample="tf_lanczos3")
+        processor = repository_class("OpenVLAProcessor").from_pretrained(TINY_POLICY, resample="tf_lanczos3")
         processor.save_pretrained(adapter)
         merge(adapter, tmp_path / "out")
         loaded = repository_class("OpenVLAProcessor").from_pretrained(tmp_path / "out")
@@ -237,7 +237,7 @@ class TestRepository:
         assert "moved, which does not exist here; give --base_model" in refused(adapter)
         edit_json(adapter / "adapter_config.json", base_model_name_or_path=None)
         assert "names no base model; give --base_model" in refused(adapter)
-        merge(adapter, tmp_path / "out", base_model=REPOSITORY)
+        merge(adapter, tmp_path / "out", base_model=TINY_POLICY)
         assert (tmp_path / "out" / "config.json").is_file()
 
 
@@ -259,7 +259,7 @@ class TestRefusals:
         assert message in refused(adapter)
 
     def test_another_method(self, tmp_path, refused):
-        model, _ = load_policy(REPOSITORY, dtype=torch.float32)
+        model, _ = load_policy(TINY_POLICY, dtype=torch.float32)
         config = IA3Config(target_modules=["q_proj", "down_proj"], feedforward_modules=["down_proj"])
         get_peft_model(model, config).save_pretrained(tmp_path / "ia3")
         assert "adapter of type IA3; only LORA" in refused(tmp_path / "ia3")
@@ -375,7 +375,7 @@ print("growth", resident("VmHWM") - before)
 def test_peak_memory(adapter, tmp_path):
     """Twice the largest file, as it lies on the disk and what becomes of it, and the rows merged at a time."""
     config_class = repository_class("OpenVLAConfig")
-    fields = config_class.from_pretrained(REPOSITORY).to_dict()
+    fields = config_class.from_pretrained(TINY_POLICY).to_dict()
     fields["text_config"] |= {
         **{"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 40},
         **{"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 64},
@@ -384,7 +384,7 @@ def test_peak_memory(adapter, tmp_path):
     model = repository_class("OpenVLAForActionPrediction")(config_class(**fields)).bfloat16()
     model.save_pretrained(tmp_path / "base", max_shard_size="24MB")
     for name in ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "processor_config.json"):
-        shutil.copy(REPOSITORY / name, tmp_path / "base")
+        shutil.copy(TINY_POLICY / name, tmp_path / "base")
     model.name_or_path = str(tmp_path / "base")
     get_peft_model(model, LoraConfig(r=2, target_modules="all-linear")).save_pretrained(tmp_path / "large")
     environment = {
@@ -418,9 +418,9 @@ sys.exit(status)
 
 
 @pytest.mark.slow
-def test_from_hub_to_hub(adapter, shipped_merge, published, tmp_path):
+def test_from_hub_to_hub(adapter, tiny_merge, published, tmp_path):
     edit_json(adapter / "adapter_config.json", base_model_name_or_path="org/base")
-    base = {path.name: path.read_bytes() for path in REPOSITORY.iterdir() if path.suffix in (".json", ".safetensors")}
+    base = {path.name: path.read_bytes() for path in TINY_POLICY.iterdir() if path.suffix in (".json", ".safetensors")}
     with HubServer() as server:
         server.create_repo("org/base", base)
         server.create_repo("org/adapter", contents(adapter))
@@ -437,5 +437,5 @@ def test_from_hub_to_hub(adapter, shipped_merge, published, tmp_path):
     written = contents(tmp_path / "out")
     assert {name: pushed[name] for name in written} == written
     assert "base_model: org/base\n" in written["README.md"].decode()
-    expected = {name: tensor.bfloat16() for name, tensor in shipped_merge[1].state_dict().items()}
+    expected = {name: tensor.bfloat16() for name, tensor in tiny_merge[1].state_dict().items()}
     assert_equal_tensors(tmp_path / "out", expected, atol=0)

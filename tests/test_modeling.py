@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, load_golden
+from conftest import TINY_POLICY, load_golden
 from load_policy import load_policy, repository_class
 from PIL import Image
 from torch import nn
@@ -31,10 +31,7 @@ def noise_image(seed: int) -> Image.Image:
 
 @pytest.fixture
 def sharp_policy(policy):
-    """
-    The policy of this checkout with large weights: its probabilities are far from uniform, and depend on the image
-    and the text.
-    """
+    """The tiny policy with large weights: probabilities far from uniform, which depend on image and text."""
     model, processor = policy
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -435,11 +432,11 @@ class TestForms:
     def test_flash_attention_is_supported_where_installed(self):
         assert repository_class("OpenVLAForActionPrediction")._supports_flash_attn
         with pytest.raises(ImportError, match=r"flash.?attn|FlashAttention"):
-            load_policy(REPOSITORY, attn_implementation="flash_attention_2")
+            load_policy(TINY_POLICY, attn_implementation="flash_attention_2")
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_half_precision(self, camera_image, dtype):
-        model, processor = load_policy(REPOSITORY, dtype=dtype)
+        model, processor = load_policy(TINY_POLICY, dtype=dtype)
         assert {parameter.dtype for parameter in model.parameters()} == {dtype}
         inputs = processor("In: What action should the robot take to pick it?\nOut:", camera_image)
         action = model.predict_action(**inputs.to("cpu", dtype=dtype), unnorm_key="tabletop", do_sample=False)
@@ -452,7 +449,7 @@ class TestForms:
     def test_loading_options(self, policy, camera_image, options):
         model, processor = policy
         inputs = processor(instruction="pick it", images=camera_image)
-        loaded, _ = load_policy(REPOSITORY, dtype=torch.float32, **options)
+        loaded, _ = load_policy(TINY_POLICY, dtype=torch.float32, **options)
         np.testing.assert_array_equal(loaded.predict_action(**inputs), model.predict_action(**inputs))
 
     @pytest.mark.parametrize(
@@ -470,7 +467,7 @@ class TestForms:
     def test_offloaded_to_disk(self, policy, camera_image, device_map, tmp_path):
         model, processor = policy
         inputs = processor(instruction="pick it", images=camera_image)
-        loaded, _ = load_policy(REPOSITORY, dtype=torch.float32, device_map=device_map, offload_folder=tmp_path)
+        loaded, _ = load_policy(TINY_POLICY, dtype=torch.float32, device_map=device_map, offload_folder=tmp_path)
         assert loaded.get_output_embeddings().weight.is_meta
         np.testing.assert_array_equal(loaded.predict_action(**inputs), model.predict_action(**inputs))
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import FIXTURES, GOLDEN, REPOSITORY, golden_towers
+from conftest import FIXTURES, GOLDEN, TINY_POLICY, golden_towers
 from convert_checkpoint import convert
 from load_policy import load_policy
 from oft_checkpoint import OFTOptions
@@ -50,7 +50,7 @@ def make_published(directory: Path, kind: str) -> Path:
     for name in ("preprocessor_config.json", "generation_config.json"):
         shutil.copy(GOLDEN / "ckpt" / name, directory)
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(REPOSITORY / name, directory)
+        shutil.copy(TINY_POLICY / name, directory)
     shutil.copy(OFT / "ckpt" / "dataset_statistics.json", directory)
     config = json.loads((GOLDEN / "ckpt" / "config.json").read_text()) | {"tower_configs": golden_towers()}
     (directory / "config.json").write_text(json.dumps(config))

@@ -6,7 +6,7 @@ import mujoco
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY
+from conftest import TINY_POLICY
 from init_policy import make_statistics
 from labelled_frames import (
     BACKGROUND,
@@ -165,7 +165,7 @@ def test_goals_name_all_objects_before_one_again():
 
 @pytest.fixture(scope="module")
 def policy():
-    return load_policy(REPOSITORY, dtype=torch.float32)
+    return load_policy(TINY_POLICY, dtype=torch.float32)
 
 
 def test_prompts_are_the_processors(policy):
@@ -188,9 +188,9 @@ def test_prompts_are_the_processors(policy):
 def test_answers_are_those_of_the_policy_alone(use_proprio):
     """Packed as branches behind one picture, questions are answered as by the policy's own forward, one by one."""
     torch.manual_seed(0)
-    processor = repository_class("OpenVLAProcessor").from_pretrained(REPOSITORY, use_proprio=use_proprio)
+    processor = repository_class("OpenVLAProcessor").from_pretrained(TINY_POLICY, use_proprio=use_proprio)
     model = repository_class("OpenVLAForActionPrediction").from_pretrained(
-        REPOSITORY, dtype=torch.float32, use_proprio=use_proprio, proprio_dim=8 if use_proprio else None
+        TINY_POLICY, dtype=torch.float32, use_proprio=use_proprio, proprio_dim=8 if use_proprio else None
     )
     model.norm_stats = processor.norm_stats = make_statistics("tabletop")
     episode = collect_episode(0, SIZE, OBJECTS)[slice(2)]
@@ -222,7 +222,7 @@ def test_answers_are_those_of_the_policy_alone(use_proprio):
 
 @pytest.mark.slow
 def test_it_learns_to_see_and_to_listen():
-    model, processor = load_policy(REPOSITORY, dtype=torch.float32)
+    model, processor = load_policy(TINY_POLICY, dtype=torch.float32)
     torch.manual_seed(0)
     frames = collect(120, SIZE, OBJECTS, seed=0, num_workers=1)
     seeing = Seeing(model, processor)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import FIXTURES, GOLDEN, REPOSITORY
+from conftest import FIXTURES, GOLDEN, TINY_POLICY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from load_policy import repository_class
@@ -31,7 +31,7 @@ TOKENS = json.loads((GOLDEN / "tokens.json").read_text())
 @pytest.fixture(scope="module")
 def shared_processor():
     """For tests that do not change it."""
-    return repository_class("OpenVLAProcessor").from_pretrained(REPOSITORY)
+    return repository_class("OpenVLAProcessor").from_pretrained(TINY_POLICY)
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ class TestLlama2:
 
 def test_vicuna_prompt_follows_from_the_language_model(tmp_path):
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(REPOSITORY / name, tmp_path / name)
+        shutil.copyfile(TINY_POLICY / name, tmp_path / name)
     shutil.copyfile(GOLDEN / "ckpt" / "preprocessor_config.json", tmp_path / "preprocessor_config.json")
     config = json.loads((GOLDEN / "ckpt" / "config.json").read_text()) | {"llm_backbone_id": "vicuna-v15-7b"}
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -194,7 +194,7 @@ def test_threads_share_a_processor(shared_processor):
 
 def test_settings_while_loading():
     processor_class = repository_class("OpenVLAProcessor")
-    processor = processor_class.from_pretrained(REPOSITORY, image_resize_strategy="letterbox", padding_side="left")
+    processor = processor_class.from_pretrained(TINY_POLICY, image_resize_strategy="letterbox", padding_side="left")
     assert processor.image_processor.tvf_do_letterbox
     assert processor.tokenizer.padding_side == "left"
     # Constants that were saved stay as they are, where means and deviations are not overridden.
@@ -204,7 +204,7 @@ def test_settings_while_loading():
     assert image_processor.tvf_normalize_params[0]["mean"] == [0.484375, 0.455078125, 0.40625]
     assert image_processor(Image.new("RGB", (64, 32)))["pixel_values"].shape == (1, 6, 384, 384)
     with pytest.raises(ValueError, match=r"Arguments \['promt_style'\] are none of the processor"):
-        processor_class.from_pretrained(REPOSITORY, promt_style="pure")
+        processor_class.from_pretrained(TINY_POLICY, promt_style="pure")
 
 
 def test_it_can_be_printed_and_copied(shared_processor):
@@ -254,4 +254,4 @@ class TestBadInput:
 
     def test_unknown_prompt_style(self):
         with pytest.raises(ValueError, match="'chatml'"):
-            repository_class("OpenVLAProcessor").from_pretrained(REPOSITORY, prompt_style="chatml")
+            repository_class("OpenVLAProcessor").from_pretrained(TINY_POLICY, prompt_style="chatml")

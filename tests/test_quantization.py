@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, REPOSITORY
+from conftest import GOLDEN, REPOSITORY, TINY_POLICY
 from load_policy import load_policy, repository_class
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from PIL import Image
@@ -65,11 +65,11 @@ def through_the_class(source: Path, **kwargs):
 
 def write_policy(directory: Path, towers: list[dict]) -> Path:
     """
-    A policy of random weights for the tokenizer of this checkout, with the statistics of a real robot, whose bounds
+    A policy of random weights for the tokenizer of the tiny policy, with the statistics of a real robot, whose bounds
     differ in every dimension.
     """
     config_class = repository_class("OpenVLAConfig")
-    fields = config_class.from_pretrained(REPOSITORY).to_dict()
+    fields = config_class.from_pretrained(TINY_POLICY).to_dict()
     fields["text_config"] |= LANGUAGE_MODEL
     fields |= {"tower_configs": towers, "use_fused_vision_backbone": None, "arch_specifier": None}
     fields["norm_stats"] = json.loads((GOLDEN / "ckpt" / "dataset_statistics.json").read_text())
@@ -81,7 +81,7 @@ def write_policy(directory: Path, towers: list[dict]) -> Path:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    processor = repository_class("OpenVLAProcessor").from_pretrained(REPOSITORY)
+    processor = repository_class("OpenVLAProcessor").from_pretrained(TINY_POLICY)
     vit = {**VIT, "image_size": processor.image_processor.input_sizes[0][-1]}
     towers = [{**vit, "class_token": True, "num_registers": 4, "layer_scale": True}, vit]
     directory = write_policy(tmp_path_factory.mktemp("policy_to_quantize"), towers)

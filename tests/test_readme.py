@@ -1,5 +1,6 @@
 """The commands of the README, as they stand."""
 
+import json
 import re
 import shlex
 import shutil
@@ -52,7 +53,8 @@ def test_python_blocks_run_in_order(monkeypatch, tmp_path):
     assert ran >= 3
     assert namespace["action"].shape == (7,)
     assert namespace["output"].probabilities.shape == (2, 7, 256)
-    assert namespace["batch"]["pixel_values"].shape == (2, 6, 112, 112)
+    (side, _) = json.loads((REPOSITORY / "config.json").read_text())["image_sizes"]
+    assert namespace["batch"]["pixel_values"].shape == (2, 6, side, side)
     trainable = [name for name, parameter in namespace["policy"].named_parameters() if parameter.requires_grad]
     assert trainable
     assert all(".lora_" in name for name in trainable)

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import record_corrections as module
-from conftest import REPOSITORY
+from conftest import TINY_POLICY
 from record_corrections import record_corrections
 
 from tabletop.environment import TabletopEnv
@@ -78,8 +78,8 @@ def test_output_is_never_overwritten(corrections):
 
 
 def test_command(tmp_path, monkeypatch, capsys):
-    arguments = ["--policy", str(REPOSITORY), "--episodes", "2", "--max_steps", "2", "--output", str(tmp_path / "new")]
-    monkeypatch.setattr(sys, "argv", ["record_corrections.py", *arguments, "--hold_out", "ball"])
+    arguments = ["--policy", str(TINY_POLICY), "--episodes", "2", "--max_steps", "2", "--hold_out", "ball"]
+    monkeypatch.setattr(sys, "argv", ["record_corrections.py", *arguments, "--output", str(tmp_path / "new")])
     module.main()
     assert "2 timeout" in capsys.readouterr().out
     rows, stories = read(tmp_path / "new")
@@ -90,7 +90,7 @@ def test_command(tmp_path, monkeypatch, capsys):
 def test_unknown_object_is_a_message(tmp_path, monkeypatch, capsys):
     arguments = [
         "--policy",
-        str(REPOSITORY),
+        str(TINY_POLICY),
         "--episodes",
         "2",
         "--output",

@@ -25,7 +25,7 @@ import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
-from conftest import GOLDEN, REPOSITORY, load_golden
+from conftest import GOLDEN, REPOSITORY, TINY_POLICY, load_golden
 from hub_server import HubServer
 from load_policy import repository_class
 from merge_adapter import merge
@@ -64,7 +64,7 @@ def recorded(tmp_path_factory) -> Path:
 
 def flags(dataset: Path, output: Path, *more: str) -> list[str]:
     values = {
-        "model_name_or_path": REPOSITORY,
+        "model_name_or_path": TINY_POLICY,
         "dataset": dataset,
         "output_dir": output,
         "max_steps": STEPS,
@@ -130,7 +130,7 @@ class TestOutput:
 
     def test_weights_have_learned(self, run):
         _, output = run
-        before, after = (load_file(path / "model.safetensors") for path in (REPOSITORY, output))
+        before, after = (load_file(path / "model.safetensors") for path in (TINY_POLICY, output))
         assert before.keys() == after.keys()
         changed = {name for name in before if not torch.equal(before[name], after[name])}
         assert {"projector.fc1.weight", "language_model.model.layers.0.self_attn.q_proj.weight"} <= changed
@@ -547,7 +547,7 @@ class TestModes:
     def test_what_changes(self, recorded, tmp_path, more, parts):
         quick = ("--max_steps", "2", "--save_steps", "2", "--eval_steps", "1", "--gradient_checkpointing", "True")
         train_hf.main(flags(recorded, tmp_path, *quick, *more, "--learning_rate", "1e-2"))
-        before, after = (load_file(path / "model.safetensors") for path in (REPOSITORY, tmp_path))
+        before, after = (load_file(path / "model.safetensors") for path in (TINY_POLICY, tmp_path))
         changed = {name for name in before if not torch.equal(before[name], after[name])}
         assert all(name.startswith(parts) for name in changed)
         assert all(any(name.startswith(part) for name in changed) for part in parts)

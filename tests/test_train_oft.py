@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY
+from conftest import TINY_POLICY
 from load_policy import ACTION_FIELDS, load_policy
 from merge_adapter import merge
 from safetensors.torch import load_file
@@ -100,7 +100,7 @@ class TestRuns:
 
     def test_what_is_new_has_learned(self, run):
         kind, output = run
-        before, after = (load_file(path / "model.safetensors") for path in (REPOSITORY, output))
+        before, after = (load_file(path / "model.safetensors") for path in (TINY_POLICY, output))
         assert before.keys() <= after.keys()
         changed = {name for name in before if not torch.equal(before[name], after[name])}
         assert any(name.startswith("language_model.model.layers") for name in changed)
@@ -157,7 +157,7 @@ class TestStart:
         with caplog.at_level(logging.INFO, "load_policy"):
             trainer = self.set_up(recorded, tmp_path, *KINDS["l1"])
         assert "Initialised anew: FiLM, action_head, proprio_projector" in caplog.text
-        config, base = trainer.model.config, load_file(REPOSITORY / "model.safetensors")
+        config, base = trainer.model.config, load_file(TINY_POLICY / "model.safetensors")
         assert (config.action_dim, config.proprio_dim, config.num_images) == (7, 8, 2)
         weights = trainer.model.state_dict()
         assert all(torch.equal(weights[name], tensor.float()) for name, tensor in base.items())

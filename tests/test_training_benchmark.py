@@ -8,7 +8,7 @@ from types import ModuleType
 import matplotlib.image
 import pytest
 import torch
-from conftest import GOLDEN, REPOSITORY
+from conftest import GOLDEN, REPOSITORY, TINY_POLICY
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -134,7 +134,7 @@ class TestModes:
 
     def test_trained_parameters(self):
         names = ("full", "last layer", "LoRA")
-        full, last_layer, lora = (modes.trainable_parameters(REPOSITORY, modes.RUNS[name]) for name in names)
+        full, last_layer, lora = (modes.trainable_parameters(TINY_POLICY, modes.RUNS[name]) for name in names)
         assert full > last_layer > 0
         assert lora > 0
 

@@ -11,7 +11,7 @@ import numpy as np
 import peft
 import pytest
 import torch
-from conftest import FIXTURES, REPOSITORY, load_golden
+from conftest import FIXTURES, TINY_POLICY, load_golden
 from load_policy import load_policy, repository_class
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
@@ -39,7 +39,7 @@ UNUSED_7B = (f"{DINO}blocks.23.", f"{DINO}norm.", *(f"{SIGLIP}{part}." for part 
 LAST_LAYER_7B = ("language_model.model.embed_tokens.", "language_model.model.layers.31.", "language_model.lm_head.")
 
 SOURCES = {
-    "policy": lambda: load_policy(REPOSITORY, dtype=torch.float32)[0],
+    "policy": lambda: load_policy(TINY_POLICY, dtype=torch.float32)[0],
     "golden": lambda: load_golden(dtype=torch.float32),  # two towers, with parts that never run
 }
 
@@ -229,7 +229,7 @@ class TestLora:
 
     def test_heads_are_not_adapted(self, policy):
         model, _ = policy
-        expected = self.adapted_layers(self.adapt(load_policy(REPOSITORY, dtype=torch.float32)[0]))
+        expected = self.adapted_layers(self.adapt(load_policy(TINY_POLICY, dtype=torch.float32)[0]))
         model.action_head = nn.Sequential(OrderedDict({"fc1": nn.Linear(4, 7), "out": nn.Linear(7, 7)}))
         adapted = self.adapt(model)
         head = {f"{layer}.{kind}" for layer in ("fc1", "out") for kind in ("weight", "bias")}
@@ -279,7 +279,7 @@ class TestLora:
 def quantizable(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A policy whose widths bitsandbytes can repack: 64n inputs and 32n outputs."""
     config_class = repository_class("OpenVLAConfig")
-    fields = config_class.from_pretrained(REPOSITORY).to_dict()
+    fields = config_class.from_pretrained(TINY_POLICY).to_dict()
     fields["text_config"] |= {
         **{"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2},
         **{"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 32},
