@@ -24,6 +24,8 @@ INSTALLED = {
     "tools/compute_statistics.py": [BASE, DATA],
     "tools/inspect_dataset.py": [BASE, DATA],
     "tabletop/record.py": [BASE, TABLETOP],
+    "tools/init_policy.py": [BASE, TABLETOP],
+    "tools/labelled_frames.py": [BASE, TABLETOP],
     "tools/pretrain_policy.py": [BASE, TABLETOP],
     "tools/evaluate_policy.py": [BASE, EVALUATION],
     "tools/record_corrections.py": [BASE, EVALUATION],
