@@ -220,6 +220,17 @@ def test_answers_are_those_of_the_policy_alone(use_proprio):
                 assert (other.logits - output.logits).abs().max() > 1e-3
 
 
+def test_pictures_that_show_no_object(policy):
+    """An arm may hide them all: there is nothing to look at, and no loss of it."""
+    model, processor = policy
+    episode = collect_episode(0, SIZE, OBJECTS)[slice(2)]
+    seeing, listening = Seeing(model, processor), Listening(model, processor, Prompts(processor, OBJECTS, SIZE), 3)
+    shares = patch_shares(np.full_like(episode.classes, HAND), seeing.grid)
+    loss, found = listening.losses(episode, seeing.features(episode), shares, np.random.default_rng(0))
+    assert loss.isfinite()
+    assert len(found["looks"]) == 0
+
+
 @pytest.mark.slow
 def test_it_learns_to_see_and_to_listen():
     model, processor = load_policy(TINY_POLICY, dtype=torch.float32)

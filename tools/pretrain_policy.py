@@ -420,7 +420,8 @@ class Listening(nn.Module):
         bins = torch.from_numpy(self.action_tokens(actions.numpy())) - self.model.config.action_token_begin
         places = targets[:, :, None].expand_as(poses)
         hits, is_seen = looked_at(looks, shares, numbers)  # (B, heads, K, S), (B, K)
-        look = -(hits + 1e-3).log().transpose(1, 2).transpose(2, 3)[is_after & is_seen[..., None]].mean()
+        counted = is_after & is_seen[..., None]
+        look = -(hits + 1e-3).log().permute(0, 2, 3, 1)[counted].sum() / max(hits.shape[1] * int(counted.sum()), 1)
         speak = smoothed_nll(logits.log_softmax(dim=-1), bins, self.bin_smoothing).mean()
         loss = speak + POSE_WEIGHT * distance(poses[is_after], places[is_after]) + LOOK_WEIGHT * look
         last = self.prompts.length - 1
@@ -441,13 +442,13 @@ class Listening(nn.Module):
             _, found = self.losses(batch, features[start : start + 32], patch_shares(batch.classes, grid), rng)
             token_ids = found["logits"].argmax(-1).numpy().reshape(-1, ACTION_DIM) + begin
             spoken, wanted = self.processor.decode_actions(token_ids), found["actions"].flatten(0, 1).numpy()
-            looks.append(found["looks"].mean())
+            looks.append(found["looks"])
             losses.append(found["speak"])
             places.append(millimetres(found["poses"] - found["places"]).flatten())
             moves.append(1000 * np.abs(spoken - wanted)[..., :3].mean())
             grips.append(((spoken > 0.5) == (wanted > 0.5))[..., -1].mean())
         return {
-            "looks": float(np.mean(looks)),
+            "looks": torch.cat(looks).mean().item(),
             "named_object_mm": torch.cat(places).median().item(),
             "action_loss": float(np.mean(losses)),
             "move_mm": float(np.mean(moves)),
