@@ -19,6 +19,7 @@ CONE_SLOPE = 1.6
 CONE_SLOPE_YAW = 0.2  # metres per radian beyond half the tolerance
 # Of one finger, metres: closed farther than around the narrowest object, it has missed.
 MISSED_WIDTH = 0.012
+CLOSING_RISE = 0.004
 PUSH_HEIGHT, PUSH_TOLERANCE = 0.022, 0.03
 CLEAR = np.array([0.5, 0.0, 0.2])  # where a hand can turn freely, metres
 # Radians from straight down that are left alone: demonstrations turn about the vertical alone.
@@ -94,8 +95,9 @@ class Expert:
             if self._is_gripped():
                 return self._carry(task, target, hand)
             # Up as well: where it is no longer around the target, fingers that open are not taken for closing ones.
+            # And slowly up while they close: who cannot tell whether they hold yet would wait for ever.
             missed = width < MISSED_WIDTH
-            return np.array([0.0, 0.0, MAX_TRANSLATION if missed else 0.0]), 0.0, float(missed)
+            return np.array([0.0, 0.0, MAX_TRANSLATION if missed else CLOSING_RISE]), 0.0, float(missed)
         if task == "put_in_bowl" and self._over_bowl(target) and target[2] < 2 * BOWL_HEIGHT:
             return np.array([0.0, 0.0, MAX_TRANSLATION]), 0.0, 1.0  # released: out of the way
         yaw = self._yaw_error()

@@ -12,8 +12,9 @@ from conftest import REPOSITORY
 from gymnasium.utils.env_checker import check_env
 
 from tabletop.camera import make_camera
+from tabletop.control import OPEN_WIDTH
 from tabletop.environment import MAX_ROTATION, MAX_TRANSLATION, TabletopEnv
-from tabletop.expert import Expert
+from tabletop.expert import GRASP_TOLERANCE, MISSED_WIDTH, Expert
 from tabletop.scene import COLORS, SHAPES, TableObject, build_model, lay_out
 from tabletop.tasks import LIFT_HEIGHT, TASKS, WORDINGS, Goal
 
@@ -213,6 +214,39 @@ class TestTasks:
     def test_expert_succeeds(self, task):
         env = make_env(tasks=(task,))
         assert [run_expert(env, seed) for seed in range(10)] == ["success"] * 10
+
+    def test_expert_rises_while_the_fingers_close(self):
+        """One that waited until it holds would teach a learner, who cannot tell, to wait for ever."""
+        env = TabletopEnv(tasks=("pick",), cameras=())
+        env.reset(seed=0)
+        expert, ended = Expert(env), False
+        while not ended:
+            action = expert.action()
+            if action[6] == 0.0 and env.data.qpos[7] < 0.9 * OPEN_WIDTH:
+                assert action[2] > 0
+            _, _, terminated, truncated, _ = env.step(action)
+            ended = terminated or truncated
+        assert terminated
+
+    def test_expert_opens_after_a_miss(self):
+        """Fingers that closed above the target open and rise; then it is grasped."""
+        env = TabletopEnv(tasks=("pick",), cameras=())
+        env.reset(seed=0, options={"target": "red cube"})
+        expert = Expert(env)
+        hand, target = env.data.site("grasp").xpos, env.data.body("red cube").xpos
+        while np.abs(target - hand)[:2].max() > 0.005 or abs(hand[2] - target[2] - 0.034) > 0.003:
+            goal = target + np.array([0.0, 0.0, 0.034])
+            env.step(np.array([*np.clip(goal - hand, -0.02, 0.02), 0, 0, 0, 1]))
+        for _ in range(4):
+            env.step(np.zeros(7))
+        assert np.abs(target - hand).max() < 2 * GRASP_TOLERANCE
+        assert env.data.qpos[7] < MISSED_WIDTH
+        outcome, action = None, expert.action()
+        assert action[6] == 1.0
+        assert action[2] > 0
+        while outcome is None:
+            outcome = env.step(expert.action())[4]["outcome"]
+        assert outcome == "success"
 
     def test_expert_turns_the_hand_for_a_brick(self):
         env = make_env(tasks=("pick",), objects=["red brick"])
