@@ -9,9 +9,8 @@ from .tasks import SIDES, Goal
 
 
 HOVER = 0.10  # above the table, metres
-# Wide enough, in metres and radians, for a learner that sees a little less well than the expert: with narrow ones it
-# would hover over the target for ever.
-GRASP_TOLERANCE = 0.018
+# In metres and radians: fingers that close farther from the middle squeeze a cylinder out.
+GRASP_TOLERANCE = 0.012
 YAW_TOLERANCE = 0.3
 # The way down is a cone: so far from its axis the hand stays so much above its end.
 CONE_RADIUS = 0.010
@@ -20,6 +19,12 @@ CONE_SLOPE_YAW = 0.2  # metres per radian beyond half the tolerance
 # Of one finger, metres: closed farther than around the narrowest object, it has missed.
 MISSED_WIDTH = 0.012
 CLOSING_RISE = 0.004
+MAX_CLOSING_HEIGHT = 1.5 * GRASP_TOLERANCE + 2 * CLOSING_RISE  # of the hand above the target, metres
+# Over the bowl, a cone again: high enough above its rim on the way, low enough to let go at its end.
+CARRY_HEIGHT, RELEASE_HEIGHT = 0.13, 0.06
+RELEASE_TOLERANCE = 0.03
+# No way across for a hand that is so much lower than the cone, in metres.
+CARRY_LAG = 0.06
 PUSH_HEIGHT, PUSH_TOLERANCE = 0.022, 0.03
 CLEAR = np.array([0.5, 0.0, 0.2])  # where a hand can turn freely, metres
 # Radians from straight down that are left alone: demonstrations turn about the vertical alone.
@@ -66,10 +71,11 @@ class Expert:
         """
         action = self.action()
         largest = np.array([MAX_TRANSLATION] * 3 + [0.0, 0.0, MAX_ROTATION])
-        scale = 1.0 if rng.random() < nudge_probability else noise
         # Small where the expert's own motion is small: near the grasp, errors of full size would undo it.
-        reach = max(float(np.abs(action[:3]).max() / MAX_TRANSLATION), 0.1) if scale == noise else 1.0
-        action[:6] += (largest * rng.normal(0.0, scale * reach, 6)).astype(np.float32)
+        scale = noise * max(float(np.abs(action[:3]).max() / MAX_TRANSLATION), 0.1)
+        if rng.random() < nudge_probability:
+            scale = 1.0
+        action[:6] += (largest * rng.normal(0.0, scale, 6)).astype(np.float32)
         return np.clip(action, self.env.action_space.low, self.env.action_space.high)
 
     def action(self) -> np.ndarray:
@@ -90,37 +96,45 @@ class Expert:
         target, hand = env.data.body(self.goal.target).xpos, env.data.site("grasp").xpos
         offset = target - hand
         sideways, width = np.linalg.norm(offset[:2]), env.data.qpos[7]
-        around = sideways < 2 * GRASP_TOLERANCE and abs(offset[2]) < 2 * GRASP_TOLERANCE
+        is_in_bowl = task == "put_in_bowl" and self._over_bowl(target) and target[2] < 2 * BOWL_HEIGHT
+        if is_in_bowl and not self._is_gripped():
+            return np.array([0.0, 0.0, MAX_TRANSLATION]), 0.0, 1.0  # released: out of the way
+        around = sideways < 3 * GRASP_TOLERANCE and abs(offset[2]) < 3 * GRASP_TOLERANCE
         if around and width < 0.9 * OPEN_WIDTH:
             if self._is_gripped():
-                return self._carry(task, target, hand)
+                return self._carry(task, hand)
+            missed = width < MISSED_WIDTH or sideways > 1.5 * GRASP_TOLERANCE or offset[2] < -MAX_CLOSING_HEIGHT
             # Up as well: where it is no longer around the target, fingers that open are not taken for closing ones.
-            # And slowly up while they close: who cannot tell whether they hold yet would wait for ever.
-            missed = width < MISSED_WIDTH
-            return np.array([0.0, 0.0, MAX_TRANSLATION if missed else CLOSING_RISE]), 0.0, float(missed)
-        if task == "put_in_bowl" and self._over_bowl(target) and target[2] < 2 * BOWL_HEIGHT:
-            return np.array([0.0, 0.0, MAX_TRANSLATION]), 0.0, 1.0  # released: out of the way
+            return self._close(offset) if not missed else (np.array([0.0, 0.0, MAX_TRANSLATION]), 0.0, 1.0)
         yaw = self._yaw_error()
         if sideways < GRASP_TOLERANCE and abs(offset[2]) < GRASP_TOLERANCE and abs(yaw) < YAW_TOLERANCE:
-            return np.zeros(3), 0.0, 0.0
+            return self._close(offset)
         turn = CONE_SLOPE_YAW * max(abs(yaw) - YAW_TOLERANCE / 2, 0.0)
         return np.append(offset[:2], self._height(target[2] + turn, sideways) - hand[2]), yaw, 1.0
+
+    @staticmethod
+    def _close(offset: np.ndarray) -> tuple[np.ndarray, float, float]:
+        """
+        Slowly up as well: who cannot tell whether the fingers hold yet would wait for ever. And on towards the
+        target's middle: fingers that close beside it squeeze a round one out.
+        """
+        return np.append(offset[:2], CLOSING_RISE), 0.0, 0.0
 
     def _height(self, end: float, sideways: float) -> float:
         """Of the cone's side, so far from its axis."""
         return min(HOVER, end + CONE_SLOPE * max(sideways - CONE_RADIUS, 0.0))
 
-    def _carry(self, task: str, target: np.ndarray, hand: np.ndarray) -> tuple[np.ndarray, float, float]:
+    def _carry(self, task: str, hand: np.ndarray) -> tuple[np.ndarray, float, float]:
+        """With the target in the hand. Asks for the place of the hand alone, which a learner knows exactly."""
         if task == "pick":
             return np.array([0.0, 0.0, MAX_TRANSLATION]), 0.0, 0.0
-        bowl = self.env.data.body("bowl").xpos
-        across = bowl[:2] - target[:2]
-        if np.linalg.norm(across) > 0.02:
-            height = HOVER + 0.03 - hand[2]
-            # Up first: the rim is in the way.
-            return np.append(across if height < 0.03 else np.zeros(2), height), 0.0, 0.0
-        low = target[2] < BOWL_HEIGHT + 0.035
-        return np.array([0.0, 0.0, 0.0 if low else -0.03]), 0.0, 1.0 if low else 0.0
+        across = self.env.data.body("bowl").xpos[:2] - hand[:2]
+        sideways = np.linalg.norm(across)
+        if sideways < RELEASE_TOLERANCE and hand[2] < RELEASE_HEIGHT + 0.01:
+            return np.zeros(3), 0.0, 1.0
+        up = min(CARRY_HEIGHT, RELEASE_HEIGHT + max(sideways - RELEASE_TOLERANCE / 2, 0.0)) - hand[2]
+        pace = np.clip(2 * (1 - up / CARRY_LAG), 0.0, 1.0)  # up first: the rim is in the way
+        return np.append(pace * across, up), 0.0, 0.0
 
     def _push(self) -> tuple[np.ndarray, float, float]:
         env = self.env

@@ -140,11 +140,12 @@ def test_patches():
 
 def test_attention_on_an_object():
     shares = torch.zeros(1, 3, NUM_CLASSES)
-    shares[0, 1, 9], shares[0, 2, 9] = 0.8, 0.4
-    looks = torch.tensor([0.1, 0.2, 0.6]).expand(1, 1, 2, 1, 3)  # one head, two questions
-    hits, is_seen = looked_at(looks, shares, torch.tensor([[9, 10]]))
-    torch.testing.assert_close(hits[0, 0, :, 0], torch.tensor([0.2 + 0.5 * 0.6, 0.0]))
-    assert is_seen.tolist() == [[True, False]]
+    shares[0, 1, 9], shares[0, 2, 9], shares[0, 0, BOWL] = 0.8, 0.4, 0.5
+    looks = torch.tensor([0.1, 0.2, 0.6]).expand(1, 1, 2, 2, 1, 3)  # one layer, two heads, two questions
+    hits, is_seen = looked_at(looks, shares, torch.tensor([[[9, BOWL], [10, BOWL]]]))
+    expected = torch.tensor([[0.2 + 0.5 * 0.6, 0.0], [0.1, 0.1]])
+    torch.testing.assert_close(hits[0, 0, :, :, 0], expected)
+    assert is_seen.tolist() == [[[True, False], [True, True]]]
 
 
 # Questions
@@ -161,6 +162,23 @@ def test_goals_name_all_objects_before_one_again():
         asked_first += goals[0] == 5
     assert 120 < asked_first < 190
     assert set(draw_goals(objects, 5, [9], 6, rng)) == {4, 5, 6, 7}
+    for _ in range(200):
+        goals = draw_goals(objects, 5, objects.tolist(), 4, rng)
+        assert {goal // len(KINDS) for goal in goals} == {0, 1, 2, 3}
+
+
+def test_nothing_is_said_about_what_is_held_out():
+    """Neither the word of its colour nor that of its shape learns from pictures in which it stands by."""
+    model, processor = load_policy(TINY_POLICY, dtype=torch.float32)
+    known = [name for name in OBJECTS if "purple" not in name and "ball" not in name]
+    seeing = Seeing(model, processor, known)
+    seeing.loss(collect_episode(0, SIZE, known)[slice(4)]).backward()
+    words = {
+        text: processor.tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("purple", "ball", "red")
+    }
+    norms = {text: model.get_input_embeddings().weight.grad[ids].norm() for text, ids in words.items()}
+    assert norms["red"] > 0.0
+    assert norms["purple"] == norms["ball"] == 0.0
 
 
 @pytest.fixture(scope="module")
@@ -194,13 +212,13 @@ def test_answers_are_those_of_the_policy_alone(use_proprio):
     )
     model.norm_stats = processor.norm_stats = make_statistics("tabletop")
     episode = collect_episode(0, SIZE, OBJECTS)[slice(2)]
-    seeing, listening = Seeing(model, processor), Listening(model, processor, Prompts(processor, OBJECTS, SIZE), 3)
+    seeing = Seeing(model, processor, OBJECTS)
+    listening = Listening(model, processor, Prompts(processor, OBJECTS, SIZE), 3)
     asked = listening.ask(episode, np.random.default_rng(0))
     with torch.no_grad():
         states = listening.normalized_states(episode)
         features = model.get_image_features(seeing.pixel_values(episode))
-        _, logits, looks = listening(features, states, asked.ids, asked.allowed, asked.position_ids)
-        assert looks.sum(-1).max() <= 1.0 + 1e-3
+        poses, logits, looks = listening(features, states, asked.ids, asked.allowed, asked.position_ids)
         for row, column in np.ndindex(2, 3):
             goal = int(asked.goals[row, column])
             place, kind = divmod(goal, len(KINDS))
@@ -212,9 +230,16 @@ def test_answers_are_those_of_the_policy_alone(use_proprio):
             assert branch[-6:] == answer[:-1].tolist()
             alone = episode[slice(row, row + 1)]
             proprio = {"proprio": listening.normalized_states(alone)} if use_proprio else {}
-            output = model(input_ids=ids, pixel_values=seeing.pixel_values(alone), **proprio)
+            read = {"output_attentions": True, "output_hidden_states": True}
+            output = model(input_ids=ids, pixel_values=seeing.pixel_values(alone), **proprio, **read)
             actions = slice(model.config.action_token_begin, model.config.action_token_end)
             torch.testing.assert_close(logits[row, column], output.logits[0, -ACTION_DIM:, actions], atol=1e-4, rtol=0)
+            length = ids.shape[1] - len(listening.prompts.start)
+            expected = listening.pose_readout(output.hidden_states[-1][0, -length:]).unflatten(-1, (3, 6))
+            torch.testing.assert_close(poses[row, column, -length:], expected, atol=1e-4, rtol=0)
+            attentions = torch.stack([output.attentions[layer][0, :2] for layer in listening.looking_layers])
+            patches = attentions[:, :, -length:, 1 : 1 + listening.num_patches]
+            torch.testing.assert_close(looks[row, :, :, column, -length:], patches, atol=1e-5, rtol=0)
             if use_proprio:
                 other = model(input_ids=ids, pixel_values=seeing.pixel_values(alone), proprio=proprio["proprio"] + 1)
                 assert (other.logits - output.logits).abs().max() > 1e-3
@@ -224,7 +249,8 @@ def test_pictures_that_show_no_object(policy):
     """An arm may hide them all: there is nothing to look at, and no loss of it."""
     model, processor = policy
     episode = collect_episode(0, SIZE, OBJECTS)[slice(2)]
-    seeing, listening = Seeing(model, processor), Listening(model, processor, Prompts(processor, OBJECTS, SIZE), 3)
+    seeing = Seeing(model, processor, OBJECTS)
+    listening = Listening(model, processor, Prompts(processor, OBJECTS, SIZE), 3)
     shares = patch_shares(np.full_like(episode.classes, HAND), seeing.grid)
     loss, found = listening.losses(episode, seeing.features(episode), shares, np.random.default_rng(0))
     assert loss.isfinite()
@@ -236,7 +262,7 @@ def test_it_learns_to_see_and_to_listen():
     model, processor = load_policy(TINY_POLICY, dtype=torch.float32)
     torch.manual_seed(0)
     frames = collect(120, SIZE, OBJECTS, seed=0, num_workers=1)
-    seeing = Seeing(model, processor)
+    seeing = Seeing(model, processor, OBJECTS)
     listening = Listening(model, processor, Prompts(processor, OBJECTS, SIZE), 4)
     names = {"see_epochs": 20, "see_batch_size": 8, "listen_epochs": 8, "listen_batch_size": 8}
     arguments = argparse.Namespace(seed=0, learning_rate=1e-3, torch_compile=False, **names)

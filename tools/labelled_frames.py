@@ -44,6 +44,9 @@ NOISE = 0.3
 CHANGE_OF_GOAL = 0.04
 REST = 0.15
 MAX_STEPS = 70
+# Of the frames in which the hand is farther from what it is to handle, so many are kept: neighbours are alike.
+NEAR = 0.05
+KEPT_FAR = 0.35
 
 
 @dataclass
@@ -107,7 +110,7 @@ def collect_episode(seed: int, image_size: int, known: list[str]) -> Frames:
     """What the front camera sees while a noisy expert handles known objects, now for one goal, now for another."""
     env = TabletopEnv(image_size=image_size, cameras=(), objects=known, max_steps=MAX_STEPS)
     observation, _ = env.reset(seed=seed)
-    rng, found, ended = np.random.default_rng(seed), [], False
+    rng, found, ended = np.random.default_rng([seed, 1]), [], False  # not the one that the scene is drawn from
     goals = all_goals(env)
     experts, names = [Expert(env, goal) for goal in goals], [goal.target for goal in goals]
     allowed = [number for number, name in enumerate(names) if name in known]
@@ -116,10 +119,12 @@ def collect_episode(seed: int, image_size: int, known: list[str]) -> Frames:
     classes = geom_classes(env, known)
     objects = [FIRST_OBJECT + OBJECTS.index(item.name) for item in env.objects]
     while not ended:
-        picture, geoms = env.camera.render_with_geoms(env.data, "front")
-        actions = np.stack([expert.action() for expert in experts])
-        labels = classes[geoms], class_poses(env), np.uint8(objects), actions, np.uint8(followed)
-        found.append((picture, *labels, observation["state"]))
+        way = env.data.body(names[followed]).xpos - env.data.site("grasp").xpos
+        if not found or np.linalg.norm(way) < NEAR or rng.random() < KEPT_FAR:
+            picture, geoms = env.camera.render_with_geoms(env.data, "front")
+            actions = np.stack([expert.action() for expert in experts])
+            labels = classes[geoms], class_poses(env), np.uint8(objects), actions, np.uint8(followed)
+            found.append((picture, *labels, observation["state"]))
         if rng.random() < CHANGE_OF_GOAL:
             followed = int(rng.choice(allowed))
         observation, _, _, truncated, info = env.step(experts[followed].noisy_action(rng, NOISE))
@@ -146,13 +151,13 @@ def geom_classes(env: TabletopEnv, known: list[str]) -> np.ndarray:
 def class_poses(env: TabletopEnv) -> np.ndarray:
     """float32 (C, 6), as [`Frames`] has them."""
     poses = np.full((NUM_CLASSES, POSE_SIZE), np.nan, dtype=np.float32)
-    poses[BOWL] = [*env.data.body("bowl").xpos, 0.0, 0.0, 0.0]
+    poses[BOWL, :3] = env.data.body("bowl").xpos
     site = env.data.site("grasp")
     poses[HAND] = [*site.xpos, *_turn(site.xmat, 1), env.data.qpos[7]]
     for item in env.objects:
         body = env.data.body(item.name)
-        turn = _turn(body.xmat, SYMMETRY[item.shape]) if item.shape in SYMMETRY else (0.0, 0.0)
-        poses[FIRST_OBJECT + OBJECTS.index(item.name)] = [*body.xpos, *turn, 0.0]
+        turn = _turn(body.xmat, SYMMETRY[item.shape]) if item.shape in SYMMETRY else (np.nan, np.nan)
+        poses[FIRST_OBJECT + OBJECTS.index(item.name), :5] = [*body.xpos, *turn]
     return poses
 
 

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from labelled_frames import (
+    BOWL,
     CLASSES,
     FIRST_OBJECT,
     HAND,
@@ -53,6 +54,7 @@ from training.smoothing import smoothed_nll
 
 ACTION_DIM = 7
 LIKENESS_SCALE = 4.0  # embeddings are small at the start
+IMPOSSIBLE = -1e4  # a logit that is finite, for products with zero
 # Weights of what is learned beside the classes of patches and the actions.
 PATCH_POSE_WEIGHT, POSE_WEIGHT, LOOK_WEIGHT = 3.0, 2.0, 0.2
 FOLLOWED_SHARE = 0.7  # of the pictures in which the goal that was followed is asked for: it alone shows grasps
@@ -110,11 +112,13 @@ class Seeing(nn.Module):
     Args:
         model ([`PreTrainedModel`]): The policy.
         processor ([`ProcessorMixin`]): Of the policy.
+        known (`list[str]`): Names of the objects that are taught. About others nothing is: not even what they are not.
         bf16 (`bool`, defaults to `False`): Compute in bfloat16.
     """
 
-    def __init__(self, model: PreTrainedModel, processor: ProcessorMixin, bf16: bool = False):
+    def __init__(self, model: PreTrainedModel, processor: ProcessorMixin, known: list[str], bf16: bool = False):
         super().__init__()
+        self.is_taught = torch.tensor([name in known or number < FIRST_OBJECT for number, name in enumerate(CLASSES)])
         self.model, self.processor, self.bf16 = model, processor, bf16
         self.grid = math.isqrt(model.config.towers[0].num_patches)
         self.word_ids = [processor.tokenizer(name, add_special_tokens=False)["input_ids"] for name in CLASSES]
@@ -134,7 +138,8 @@ class Seeing(nn.Module):
             poses = self.pose_readout(features).float()
         embeddings = self.model.get_input_embeddings().weight
         words = torch.stack([embeddings[ids].sum(dim=0) for ids in self.word_ids])  # (C, H)
-        return LIKENESS_SCALE * features.float() @ words.T + self.class_bias, poses
+        logits = LIKENESS_SCALE * features.float() @ words.T + self.class_bias
+        return logits.masked_fill(~self.is_taught, IMPOSSIBLE), poses
 
     def pixel_values(self, frames: Frames) -> torch.Tensor:
         return self.processor.image_processor(list(frames.images), return_tensors="pt")["pixel_values"]
@@ -155,7 +160,7 @@ class Seeing(nn.Module):
             logits, poses = self(self.pixel_values(batch))
             shares = patch_shares(batch.classes, self.grid)
             targets = patch_poses(shares, normalized(batch.poses))
-            hits.append((logits.argmax(-1) == shares.argmax(-1)).float())
+            hits.append((logits.argmax(-1) == shares.argmax(-1))[shares.sum(-1) > 0].float())
             # Of patches that show an object, most of all.
             errors.append(millimetres(poses - targets)[shares[..., FIRST_OBJECT:].sum(-1) > 0.3])
         return {"class_accuracy": torch.cat(hits).mean().item(), "patch_mm": torch.cat(errors).median().item()}
@@ -256,13 +261,13 @@ def draw_goals(
         rng (`np.random.Generator`): Source of the choice.
     """
     places = [place for place, number in enumerate(objects) if number in known]
-    kinds = {place: rng.permutation(len(KINDS)) for place in places}
-    goals = [
-        place * len(KINDS) + int(kinds[place][turn]) for turn in range(len(KINDS)) for place in rng.permutation(places)
-    ]
-    if followed in goals and rng.random() < FOLLOWED_SHARE:
-        goals.remove(followed)
-        goals.insert(0, followed)
+    kinds = {place: rng.permutation(len(KINDS)).tolist() for place in places}
+    turns = [rng.permutation(places).tolist() for _ in KINDS]
+    place, kind = divmod(int(followed), len(KINDS))
+    if place in places and rng.random() < FOLLOWED_SHARE:
+        for order, first in ((turns[0], place), (kinds[place], kind)):
+            order.insert(0, order.pop(order.index(first)))
+    goals = [place * len(KINDS) + kinds[place][turn] for turn, order in enumerate(turns) for place in order]
     return [goals[turn % len(goals)] for turn in range(count)]
 
 
@@ -295,8 +300,8 @@ class Listening(nn.Module):
         self.num_patches = model.config.towers[0].num_patches
         self.num_shared = model.num_image_tokens + len(prompts.start)
         self.branch = prompts.length + ACTION_DIM - 1  # the last action token has nothing to predict
-        self.pose_readout = nn.Linear(model.config.text_config.hidden_size, 2 * POSE_SIZE)
-        # The first head of each layer but the first, which has yet to put the words of a name together, and the last.
+        self.pose_readout = nn.Linear(model.config.text_config.hidden_size, 3 * POSE_SIZE)
+        # Two heads of each layer but the first, which has yet to put the words of a name together, and the last.
         self.looking_layers = range(1, max(2, model.config.text_config.num_hidden_layers - 1))
         # Their attention is read: no fused kernel returns it.
         model.language_model.set_attn_implementation("eager")
@@ -364,9 +369,10 @@ class Listening(nn.Module):
             ids, allowed, position_ids (`torch.Tensor`): As in [`Questions`].
 
         Returns:
-            `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`: Normalised poses of the named object and of the hand at
-            each token of the branches (B, K, S, 2, 6), logits of the bins (B, K, 7, bins) and how much the looking
-            heads attend to the patches (B, heads, K, S, P).
+            `tuple[torch.Tensor, torch.Tensor, torch.Tensor]`: Normalised poses of the named object, the bowl and the
+            hand at each token of the branches (B, K, S, 3, 6), logits of the bins (B, K, 7, bins) and how much the
+            looking heads, one for the named object and one for the bowl, attend to the patches
+            (B, layers, 2, K, S, P).
         """
         model, config = self.model, self.model.config
         embed, bins = model.get_input_embeddings(), slice(config.action_token_begin, config.action_token_end)
@@ -384,11 +390,11 @@ class Listening(nn.Module):
                 output_attentions=True,
             )
             hidden = output.last_hidden_state[:, self.num_shared :].unflatten(1, ids.shape[1:])  # (B, K, S, H)
-            poses = self.pose_readout(hidden).float().unflatten(-1, (2, POSE_SIZE))
+            poses = self.pose_readout(hidden).float().unflatten(-1, (3, POSE_SIZE))
             logits = F.linear(hidden[:, :, self.prompts.length - 1 :], model.get_output_embeddings().weight[bins])
-        looks = [output.attentions[layer][:, 0, self.num_shared :] for layer in self.looking_layers]
-        looks = torch.stack(looks, dim=1)[..., 1 : 1 + self.num_patches].float()  # (B, heads, K * S, P)
-        return poses, logits.float(), looks.unflatten(2, ids.shape[1:])
+        looks = [output.attentions[layer][:, :2, self.num_shared :] for layer in self.looking_layers]
+        looks = torch.stack(looks, dim=1)[..., 1 : 1 + self.num_patches].float()  # (B, layers, 2, K * S, P)
+        return poses, logits.float(), looks.unflatten(3, ids.shape[1:])
 
     def losses(
         self, frames: Frames, features: torch.Tensor, shares: torch.Tensor, rng: np.random.Generator, forward=None
@@ -412,21 +418,22 @@ class Listening(nn.Module):
         )
         rows = torch.arange(len(frames))[:, None]
         numbers = torch.from_numpy(frames.objects.astype(np.int64))[rows, asked.goals // len(KINDS)]  # (B, K)
-        hands = torch.full_like(numbers, HAND)
-        targets = normalized(frames.poses)[rows[..., None], torch.stack([numbers, hands], dim=-1)]  # (B, K, 2, 6)
+        bowls, hands = torch.full_like(numbers, BOWL), torch.full_like(numbers, HAND)
+        asked_for = torch.stack([numbers, bowls, hands], dim=-1)  # (B, K, 3)
+        targets = normalized(frames.poses)[rows[..., None], asked_for]  # (B, K, 3, 6)
         is_after = torch.arange(self.branch) >= asked.named[..., None]  # (B, K, S)
         actions = torch.from_numpy(frames.actions)[rows, asked.goals]  # (B, K, 7)
         # Tokens of low values have high ids; neighbours are neighbours all the same.
         bins = torch.from_numpy(self.action_tokens(actions.numpy())) - self.model.config.action_token_begin
         places = targets[:, :, None].expand_as(poses)
-        hits, is_seen = looked_at(looks, shares, numbers)  # (B, heads, K, S), (B, K)
-        counted = is_after & is_seen[..., None]
-        look = -(hits + 1e-3).log().permute(0, 2, 3, 1)[counted].sum() / max(hits.shape[1] * int(counted.sum()), 1)
+        hits, is_seen = looked_at(looks, shares, asked_for[..., :2])  # (B, layers, 2, K, S), (B, 2, K)
+        hits = hits.permute(0, 2, 3, 4, 1)  # (B, 2, K, S, layers)
+        look = -(hits + 1e-3).log()[is_after[:, None] & is_seen[..., None]].mean().nan_to_num()
         speak = smoothed_nll(logits.log_softmax(dim=-1), bins, self.bin_smoothing).mean()
         loss = speak + POSE_WEIGHT * distance(poses[is_after], places[is_after]) + LOOK_WEIGHT * look
         last = self.prompts.length - 1
         found = {"poses": poses[:, :, last, 0], "places": targets[:, :, 0], "logits": logits, "actions": actions}
-        return loss, {**found, "speak": speak, "looks": hits[..., last].transpose(1, 2)[is_seen]}
+        return loss, {**found, "speak": speak, "looks": hits[..., last, :][is_seen]}
 
     @torch.no_grad()
     def validate(self, frames: Frames, features: torch.Tensor) -> dict[str, float]:
@@ -461,18 +468,17 @@ def looked_at(looks: torch.Tensor, shares: torch.Tensor, numbers: torch.Tensor) 
     How much attention goes to the patches of an object; those that show most of it count in full.
 
     Args:
-        looks (`torch.Tensor`): (B, heads, K, S, P).
+        looks (`torch.Tensor`): (B, L, O, K, S, P), of L layers with a head for each of O objects.
         shares (`torch.Tensor`): (B, P, C).
-        numbers (`torch.Tensor`): (B, K), classes.
+        numbers (`torch.Tensor`): (B, K, O), classes of the objects.
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: (B, heads, K, S), and bool (B, K), whether the object can be seen.
+        `tuple[torch.Tensor, torch.Tensor]`: (B, L, O, K, S), and bool (B, O, K), whether the object can be seen.
     """
-    index = numbers[..., None].expand(-1, -1, shares.shape[1])
-    parts = shares.transpose(1, 2).gather(1, index)  # (B, K, P)
+    parts = shares[torch.arange(len(shares))[:, None, None], :, numbers.transpose(1, 2)]  # (B, O, K, P)
     most = parts.amax(dim=-1, keepdim=True)
     weights = parts / most.clamp(min=1e-6)
-    return torch.einsum("bhksp,bkp->bhks", looks, weights), parts.sum(dim=-1) > LEAST_SHARE
+    return torch.einsum("blhksp,bhkp->blhks", looks, weights), parts.sum(dim=-1) > LEAST_SHARE
 
 
 # Learning
@@ -514,7 +520,7 @@ def train(
             for step in range(per_epoch):
                 value = loss(order[step * batch_size : (step + 1) * batch_size])
                 value.backward()
-                torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+                torch.nn.utils.clip_grad_norm_(parameters, 1.0, error_if_nonfinite=True)
                 optimizer.step()
                 schedule.step()
                 optimizer.zero_grad()
@@ -575,6 +581,11 @@ def listen(
     listening.eval()
 
 
+def save(model: PreTrainedModel, processor: ProcessorMixin, output_dir: Path) -> None:
+    model.save_pretrained(output_dir)
+    processor.save_pretrained(output_dir)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--policy", required=True, help="directory of a policy, as tools/init_policy.py writes it")
@@ -593,20 +604,24 @@ def main() -> None:
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16, on CPUs that can")
     parser.add_argument("--torch_compile", action="store_true", help="faster after a minute; needs a C++ compiler")
     arguments = parser.parse_args()
-    known = Recording(episodes=1, hold_out=tuple(arguments.hold_out)).targets()
+    try:
+        known = Recording(episodes=1, hold_out=tuple(arguments.hold_out)).targets()
+        model, processor = load_policy(arguments.policy, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    arguments.output_dir.mkdir(parents=True, exist_ok=True)
     set_seed(arguments.seed)
-    model, processor = load_policy(arguments.policy, dtype=torch.float32)
     side = model.config.image_sizes[0]
     first_seed = arguments.seed * 1_000_000
     held_out = collect(1000, side, known, first_seed + 900_000, arguments.num_workers)
     frames = collect(arguments.frames, side, known, first_seed, arguments.num_workers)
-    seeing = Seeing(model, processor, arguments.bf16)
+    seeing = Seeing(model, processor, known, arguments.bf16)
     see(seeing, frames, held_out, arguments)
+    save(model, processor, arguments.output_dir)  # who stops here goes on with --policy of it and --see_epochs 0
     prompts = Prompts(processor, known, side)
     listening = Listening(model, processor, prompts, arguments.questions, arguments.bin_smoothing, arguments.bf16)
     listen(listening, seeing, frames, held_out, arguments)
-    model.to(torch.bfloat16).save_pretrained(arguments.output_dir)
-    processor.save_pretrained(arguments.output_dir)
+    save(model, processor, arguments.output_dir)
 
 
 if __name__ == "__main__":

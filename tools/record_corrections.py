@@ -27,7 +27,7 @@ from evaluation.policies import ModelPolicy
 from tabletop.environment import TabletopEnv
 from tabletop.expert import Expert
 from tabletop.lerobot_writer import assemble, write_episode
-from tabletop.record import Recording, draw_start
+from tabletop.record import MAX_ATTEMPTS, Recording, draw_start
 
 
 @dataclass
@@ -44,7 +44,8 @@ class Rollout:
 
     @classmethod
     def start(cls, recording: Recording, index: int, max_steps: int) -> "Rollout":
-        seed, options, rng = draw_start(recording, index, attempt=0)
+        # Scenes that no demonstration shows: those stop before this attempt.
+        seed, options, rng = draw_start(recording, index, attempt=MAX_ATTEMPTS)
         env = TabletopEnv(image_size=recording.image_size, cameras=recording.cameras, max_steps=max_steps)
         observation, _ = env.reset(seed=seed, options=options)
         start = {"qpos": env.data.qpos.tolist(), "qvel": env.data.qvel.tolist()}
@@ -54,7 +55,8 @@ class Rollout:
     def step(self, action: np.ndarray, expert_share: float) -> None:
         """One action of the policy (7,), in so many of all steps the expert's; `outcome` is set at the end."""
         right = Expert(self.env).action()
-        done = right if self.rng.random() < expert_share else np.float32(action)
+        space = self.env.action_space
+        done = right if self.rng.random() < expert_share else np.clip(np.float32(action), space.low, space.high)
         self.frames.append({**self.observation, "action": done, "expert_action": right})
         self.observation, _, _, _, info = self.env.step(done)
         self.outcome = info["outcome"]
