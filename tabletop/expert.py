@@ -23,9 +23,8 @@ MAX_CLOSING_HEIGHT = 1.5 * GRASP_TOLERANCE + 2 * CLOSING_RISE  # of the hand abo
 # Over the bowl, a cone again: high enough above its rim on the way, low enough to let go at its end.
 CARRY_HEIGHT, RELEASE_HEIGHT = 0.13, 0.06
 RELEASE_TOLERANCE = 0.03
-# No way across for a hand that is so much lower than the cone, in metres.
-CARRY_LAG = 0.06
-PUSH_HEIGHT, PUSH_TOLERANCE = 0.022, 0.03
+PUSH_HEIGHT = 0.022
+LAG = 0.06  # of a hand below its way, in metres, at which it does not move across
 CLEAR = np.array([0.5, 0.0, 0.2])  # where a hand can turn freely, metres
 # Radians from straight down that are left alone: demonstrations turn about the vertical alone.
 TILT_TOLERANCE = 0.12
@@ -133,24 +132,26 @@ class Expert:
         if sideways < RELEASE_TOLERANCE and hand[2] < RELEASE_HEIGHT + 0.01:
             return np.zeros(3), 0.0, 1.0
         up = min(CARRY_HEIGHT, RELEASE_HEIGHT + max(sideways - RELEASE_TOLERANCE / 2, 0.0)) - hand[2]
-        pace = np.clip(2 * (1 - up / CARRY_LAG), 0.0, 1.0)  # up first: the rim is in the way
-        return np.append(pace * across, up), 0.0, 0.0
+        return self._up_and_across(up, across), 0.0, 0.0
 
     def _push(self) -> tuple[np.ndarray, float, float]:
+        """The more the hand is low, behind the target and in line with it, the more it pushes; else it goes there."""
         env = self.env
         direction = np.array([0.0, SIDES[self.goal.side], 0.0])
         target, hand = env.data.body(self.goal.target).xpos, env.data.site("grasp").xpos
         reach = self._half_width() + 0.02
-        behind = (target - hand) @ direction
-        beside = target[0] - hand[0]
-        low = hand[2] < 0.04
-        if low and behind > 0.5 * reach and abs(beside) < 0.02:
-            return 0.03 * direction + [0.5 * beside, 0.0, PUSH_HEIGHT - hand[2]], 0.0, 0.0
-        offset = target - (reach + 0.025) * direction - hand
-        sideways = np.linalg.norm(offset[:2])
-        if low and sideways > PUSH_TOLERANCE:  # the target is in the way
-            return np.array([0.0, 0.0, MAX_TRANSLATION]), 0.0, 0.0
-        return np.append(offset[:2], self._height(PUSH_HEIGHT, sideways) - hand[2]), 0.0, 0.0
+        behind, beside = (target - hand) @ direction, target[0] - hand[0]
+        is_low, is_behind = _ramp(hand[2], 0.06, 0.04), _ramp(behind, 0.3 * reach, 0.6 * reach)
+        ready = is_low * is_behind * _ramp(abs(beside), 0.04, 0.025)
+        push = 0.03 * direction + [0.5 * beside, 0.0, PUSH_HEIGHT - hand[2]]
+        across = (target - (reach + 0.025) * direction - hand)[:2]
+        up = self._height(PUSH_HEIGHT, np.linalg.norm(across)) - hand[2]
+        return ready * push + (1.0 - ready) * self._up_and_across(up, across), 0.0, 0.0
+
+    @staticmethod
+    def _up_and_across(up: float, across: np.ndarray) -> np.ndarray:
+        """Translation (3,), up first: something is in the way."""
+        return np.append(_ramp(up, LAG, LAG / 2) * across, up)
 
     def _is_gripped(self) -> bool:
         """Whether both fingers touch the target."""
@@ -196,3 +197,8 @@ class Expert:
             return size[0]
         turned = np.abs(env.data.body(self.goal.target).xmat.reshape(3, 3)[1, :2])
         return float(turned @ size[:2])
+
+
+def _ramp(value: float, zero: float, one: float) -> float:
+    """From 0 at one place to 1 at another, and no farther."""
+    return float(np.clip((value - zero) / (one - zero), 0.0, 1.0))

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import transformers
-from conftest import REPOSITORY
+from conftest import REPOSITORY, TINY_POLICY
 
 from tabletop.record import Recording, record
 
@@ -48,7 +48,13 @@ def test_python_blocks_run_in_order(monkeypatch, tmp_path):
     for block in PYTHON_BLOCKS:
         if "AutoModelForVision2Seq" in block and not hasattr(transformers, "AutoModelForVision2Seq"):
             continue
-        exec(block.replace('"demonstrations"', repr(str(demonstrations))), namespace)
+        for name, stand_in in (
+            ("demonstrations", demonstrations),
+            ("openvla-7b", TINY_POLICY),
+            ("bridge_orig", "tabletop"),
+        ):
+            block = block.replace(f'"{name}"', repr(str(stand_in)))
+        exec(block, namespace)
         ran += 1
     assert ran >= 3
     assert namespace["action"].shape == (7,)

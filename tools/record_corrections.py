@@ -135,11 +135,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--hold_out", nargs="+", default=[], help="as `python -m tabletop.record` takes it")
     parser.add_argument("--unnorm_key", help="statistics that scale the actions")
+    parser.add_argument("--dtype", default="auto", help="of the weights: `auto` (as saved), `float32`, `bfloat16`")
     parser.add_argument("--expert_share", type=float, default=0.2, help="of the steps that the expert takes")
     parser.add_argument("--max_steps", type=int, default=60)
     parser.add_argument("--num_envs", type=int, default=32)
     arguments = parser.parse_args()
-    policy = ModelPolicy(*load_policy(arguments.policy), arguments.unnorm_key)
+    policy = ModelPolicy(*load_policy(arguments.policy, dtype=arguments.dtype), arguments.unnorm_key)
     try:
         recording = Recording(
             episodes=arguments.episodes,
