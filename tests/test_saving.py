@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import REPOSITORY
+from conftest import REPOSITORY, TINY_POLICY
 from hub_server import HubServer
 from load_policy import load_policy, repository_class
 from safetensors.torch import load_file, save_file
@@ -75,7 +75,7 @@ def predict(model, processor) -> list[float]:
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """A saved policy, other than the one of this checkout, with its action."""
-    model, processor = load_policy(REPOSITORY, dtype=torch.bfloat16)
+    model, processor = load_policy(TINY_POLICY, dtype=torch.bfloat16)
     torch.manual_seed(5)
     torch.nn.init.normal_(model.get_output_embeddings().weight)
     directory = tmp_path_factory.mktemp("saved") / "my-policy.v1"
@@ -174,7 +174,7 @@ def test_rotary_settings_survive_both_ways(tmp_path):
 @pytest.mark.parametrize("auto_class", [None, "AutoModelForImageTextToText"])
 def test_only_the_main_process_writes(auto_class, tmp_path, monkeypatch):
     monkeypatch.setattr(repository_class("OpenVLAForActionPrediction"), "_auto_class", auto_class)
-    model, _ = load_policy(REPOSITORY)
+    model, _ = load_policy(TINY_POLICY)
     model.save_pretrained(tmp_path / "other", False)
     assert not list((tmp_path / "other").glob("*_openvla.py"))
     model.save_pretrained(tmp_path / "main", True)
