@@ -356,13 +356,15 @@ def test_two_processes(recorded, tmp_path):  # noqa: F811
     """One of them fits, both speak with the same; they are two workers of one process that accumulates over both."""
     one, two = tmp_path / "one", tmp_path / "two"
     more = (*FIT, *LENGTH, "--use_cpu", "True", "--max_grad_norm", "1", "--learning_rate", "1e-4")
-    more = (*more, "--per_device_eval_batch_size", "1", "--validation_steps", "6")  # rows of different lengths
-    train_hf.main(flags(recorded, one, *more, "--dataloader_num_workers", "2", "--gradient_accumulation_steps", "2"))
+    more = (*more, "--validation_steps", "6")
+    both = ("--dataloader_num_workers", "2", "--gradient_accumulation_steps", "2", "--per_device_eval_batch_size", "2")
+    train_hf.main(flags(recorded, one, *more, *both))
     script = tmp_path / "show.py"
     script.write_text(SHOWING)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run([*launch, *flags(recorded, two, *more)], env=environment, capture_output=True, text=True)
+    each = flags(recorded, two, *more, "--per_device_eval_batch_size", "1")  # of different lengths
+    done = subprocess.run([*launch, *each], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert re.findall("chunks read by rank .", done.stdout) == ["chunks read by rank 0"]
     assert (two / NAME).read_bytes() == (one / NAME).read_bytes()
