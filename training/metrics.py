@@ -183,8 +183,8 @@ class ActionMetrics:
         self, predicted: list[np.ndarray], targets: list[np.ndarray], chunk_size: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, list[np.ndarray]]]:
         """
-        Normalised actions (N, K, D), predicted and true, which rows are predicted chunks, and which of the tokens and
-        rows are right.
+        Normalised actions (N, K, D), predicted and true, which rows are predicted chunks, and the shares that tokens
+        and rows are counted in.
         """
         is_action = [ActionTokens.of(self.processor).find(row) for row in targets]
         tokens, target_tokens = (
