@@ -564,6 +564,7 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
             actions (`torch.FloatTensor`): (B, K, D), the normalised actions that a head on the hidden states learns.
                 Their tokens are in `labels` all the same, to say where they are.
             action_is_pad (`torch.BoolTensor`): (B, K), actions that count neither in the loss nor as items of a batch.
+                A FAST token speaks of several actions at once: with `head_type="fast"` all are learned.
             noise, time (`torch.FloatTensor`): (B, K, D) and (B,), what the `diffusion` and `flow` heads corrupt the
                 actions with. Drawn by default.
 
@@ -1079,7 +1080,7 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         self, labels: torch.LongTensor | None, action_is_pad: torch.Tensor | None
     ) -> torch.LongTensor | None:
         """What is learned of `labels` (B, T): -100 at the tokens of padded actions, too."""
-        if labels is None or action_is_pad is None:
+        if labels is None or action_is_pad is None or self.config.head_type == "fast":
             return labels
         is_action = self._labelled_actions(labels)
         _check_shape("action_is_pad", action_is_pad, (len(labels), self.config.chunk_size))

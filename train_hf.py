@@ -84,6 +84,13 @@ from training.data import (  # noqa: E402
     read_statistics,
     split_weight,
 )
+from training.fast import (  # noqa: E402
+    UNFITTED,
+    check_fast_arguments,
+    choose_fast_tokenizer,
+    find_fast_tokenizer,
+    set_fast_tokenizer,
+)
 from training.modes import (  # noqa: E402
     add_lora,
     lora_config,
@@ -134,10 +141,11 @@ def complete_changes(
     changes: dict[str, Any], config: PretrainedConfig, action_dim: int, proprio_dim: int | None
 ) -> dict[str, Any]:
     """
-    What changes in the policy's configuration, with the widths that a new head and the state's projector need.
+    What changes in the policy's configuration, with the widths that a new head and the state's projector need, and
+    what FAST tokens do.
 
     Args:
-        changes (`dict[str, Any]`): From [`asked_changes`].
+        changes (`dict[str, Any]`): From [`asked_changes`], with the fields of a FAST tokenizer that there is already.
         config (`PretrainedConfig`): As it was saved.
         action_dim (`int`), proprio_dim (`int`, *optional*): Of the datasets.
 
@@ -155,6 +163,9 @@ def complete_changes(
         widths["action_dim"] = action_dim
     if bool(after["use_proprio"]) != config.use_proprio:
         widths["proprio_dim"] = proprio_dim if after["use_proprio"] else None
+    # A tokenizer that is still to be fitted will have at most so many tokens.
+    fast_fields = UNFITTED if after["head_type"] == "fast" else dict.fromkeys(UNFITTED)
+    widths |= {name: value for name, value in fast_fields.items() if value is None or after[name] is None}
     if after["head_type"] not in ("diffusion", "flow"):
         widths["num_inference_steps"] = changes.get("num_inference_steps")
     # The base's statistics, which may know no state, give way to those of the datasets.
@@ -276,18 +287,6 @@ def check_action_dimensions(model: PreTrainedModel, statistics: dict[str, dict])
         raise ValueError(f"The policy's actions have {expected} dimensions, those of the datasets {sizes}.")
 
 
-def smooth_bins(model: PreTrainedModel, width: float) -> None:
-    """
-    Let neighbouring action bins share a label, while this model trains.
-
-    Raises:
-        ValueError: If the policy does not speak in bins.
-    """
-    if model.config.head_type != "tokens":
-        raise ValueError(f"--bin_smoothing is for policies that speak in bins, not for {model.config.head_type!r}.")
-    model.loss_function = SmoothedLoss(model.codec, width)
-
-
 def check_judging(flag: str, packages: Sequence[str], training: OpenVLATrainingArguments) -> None:
     """
     Raises:
@@ -336,19 +335,32 @@ def set_up(
         check_judging("--rollout_episodes", ("mujoco", "gymnasium"), training)
     check_output_dir(training.output_dir)
     set_seed(training.seed)
+    seed = training.seed if training.data_seed is None else training.data_seed
     config, changes = read_config(model_arguments), asked_changes(model_arguments)
+    head_type = changes.get("head_type", config.head_type)
+    check_fast_arguments(model_arguments, config)
+    if training.bin_smoothing and head_type != "tokens":
+        raise ValueError(f"--bin_smoothing is for policies that speak in bins, not for {head_type!r}: leave it out.")
+    fast_tokenizer = find_fast_tokenizer(model_arguments, checkpoint) if head_type == "fast" else None
+    if fast_tokenizer is not None:
+        changes |= fast_tokenizer.config_fields
     parts = open_parts(data_arguments, changes.get("num_images", config.num_images))
     if changes:
         changes = complete_changes(changes, config, *measure_widths(parts[0]))
     model, processor, saved_dtype = load_model(model_arguments, changes)
-    if processor.head_type in ("diffusion", "flow") and data_arguments.validation_episodes:
-        check_judging(f"Validation of a {processor.head_type!r} head (--validation_episodes)", (), training)
+    if head_type in ("diffusion", "flow") and data_arguments.validation_episodes:
+        check_judging(f"Validation of a {head_type!r} head (--validation_episodes)", (), training)
     statistics = prepare_statistics(parts, data_arguments, training, checkpoint)
     base_model = model.get_base_model() if model_arguments.use_peft else model
     base_model.norm_stats = processor.norm_stats = statistics
     check_action_dimensions(model, statistics)
+    if head_type == "fast":
+        if checkpoint is None:
+            known = processor.fast_tokenizer if fast_tokenizer is None else fast_tokenizer
+            fast_tokenizer = choose_fast_tokenizer(processor, base_model.config, known, parts, data_arguments, seed)
+        set_fast_tokenizer(base_model, processor, fast_tokenizer)
     if training.bin_smoothing:
-        smooth_bins(base_model, training.bin_smoothing)
+        base_model.loss_function = SmoothedLoss(base_model.codec, training.bin_smoothing)
     if training.device.type == "cpu":
         warm_up(base_model)
         training.dataloader_pin_memory = False
@@ -360,7 +372,7 @@ def set_up(
         statistics,
         processor,
         data_arguments,
-        seed=training.seed if training.data_seed is None else training.data_seed,
+        seed=seed,
         rank=training.process_index,
         world_size=training.world_size,
     )
@@ -419,7 +431,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", FutureWarning)
     model_arguments, data_arguments, training = parse_arguments(arguments)
     logging.basicConfig(level=logging.WARNING)
-    for told in (logger, logging.getLogger("load_policy")):
+    for told in (logger, logging.getLogger("load_policy"), logging.getLogger("training.fast")):
         told.setLevel(logging.INFO if training.should_log else logging.WARNING)
     trainer, checkpoint = set_up(model_arguments, data_arguments, training)
     size = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
