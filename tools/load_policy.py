@@ -15,10 +15,14 @@ logger = logging.getLogger("load_policy")
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 # Fields of the configuration that say how a policy acts, and those of them that the processor has to know, too.
-PROCESSOR_FIELDS = ("norm_type", "head_type", "chunk_size", "num_images", "use_proprio", "append_stop_token")
+PROCESSOR_FIELDS = (
+    *("norm_type", "head_type", "chunk_size", "num_images", "use_proprio", "append_stop_token"),
+    "embodiments",
+)
 ACTION_FIELDS = (
     *PROCESSOR_FIELDS,
     *("attention_mode", "action_dim", "proprio_dim", "use_film", "diffusion_steps", "num_inference_steps"),
+    "embodiment_adapter_dim",
 )
 
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision")
