@@ -544,7 +544,7 @@ class OpenVLAConfig(PretrainedConfig):
         if taken := {name: token_id for name, token_id in special.items() if token_id in tokens}:
             raise ValueError(
                 f"The {self.fast_vocab_size} FAST tokens {tokens.start}..{tokens.stop - 1} would take the place of "
-                f"{taken}: fit a tokenizer with fewer tokens (`vocab_size`)."
+                f"{taken}: fit a tokenizer with fewer tokens (`fast_vocab_size`)."
             )
 
     def _check_head(self) -> None:

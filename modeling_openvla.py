@@ -588,7 +588,7 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
             embodiment (`torch.LongTensor`): (B,), each row's place in `config.embodiments`, if it has any.
             actions (`torch.FloatTensor`): (B, K, D), the normalised actions that a head on the hidden states learns.
                 Their tokens are in `labels` all the same, to say where they are.
-            action_is_pad (`torch.BoolTensor`): (B, K), actions that count neither in the loss nor as items of a batch.
+            action_is_pad (`torch.BoolTensor`): (B, K), what counts neither in the loss nor as items; FAST tokens do.
             action_dims (`torch.LongTensor`): (B,), numbers in each row's actions; what pads them counts neither.
             noise, time (`torch.FloatTensor`): (B, K, D) and (B,), of the `diffusion` and `flow` heads. Default: drawn.
 
@@ -1149,8 +1149,12 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         action_is_pad: torch.Tensor | None,
         action_dims: torch.LongTensor | None,
     ) -> torch.LongTensor | None:
-        """What is learned of `labels` (B, T): -100 at the tokens of padded actions, and of padded numbers, too."""
-        if labels is None or (action_is_pad is None and action_dims is None):
+        """
+        What is learned of `labels` (B, T): -100 at the tokens of padded actions, and of padded numbers, too. FAST
+        tokens, which are of the whole chunk, are all learned.
+        """
+        is_given = action_is_pad is not None or action_dims is not None
+        if labels is None or not is_given or self.config.head_type == "fast":
             return labels
         is_action = self._labelled_actions(labels)
         tokens_per_action = is_action.sum(dim=1, keepdim=True) // self.config.chunk_size  # (B, 1)

@@ -84,6 +84,13 @@ from training.data import (  # noqa: E402
     read_statistics,
     split_weight,
 )
+from training.fast import (  # noqa: E402
+    UNFITTED,
+    check_fast_arguments,
+    choose_fast_tokenizer,
+    find_fast_tokenizer,
+    set_fast_tokenizer,
+)
 from training.modes import (  # noqa: E402
     add_lora,
     lora_config,
@@ -130,16 +137,25 @@ def asked_changes(arguments: ModelArguments) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value is not None}
 
 
+def list_embodiments(arguments: ModelArguments, config: PretrainedConfig, names: Sequence[str]) -> list[str] | None:
+    """The robots that the policy will tell apart: those that it knows, and behind them new ones of these names."""
+    known, is_wanted = config.embodiments or [], arguments.use_embodiment_adapter
+    if is_wanted is False or (is_wanted is None and not known):
+        return None
+    return known + [name for name in names if name not in known]
+
+
 def complete_changes(
     changes: dict[str, Any], config: PretrainedConfig, action_dim: int, proprio_dim: int | None
 ) -> dict[str, Any]:
     """
-    What changes in the policy's configuration, with the widths that a new head and the state's projector need.
+    What changes in the policy's configuration, with the widths that a new head and the state's projector need, and
+    what FAST tokens do.
 
     Args:
-        changes (`dict[str, Any]`): From [`asked_changes`].
+        changes (`dict[str, Any]`): From [`asked_changes`], with the fields of a FAST tokenizer that there is already.
         config (`PretrainedConfig`): As it was saved.
-        action_dim (`int`), proprio_dim (`int`, *optional*): Of the datasets.
+        action_dim (`int`), proprio_dim (`int`, *optional*): Of the widest dataset.
 
     Raises:
         ValueError: If the policy takes the state, and there is none.
@@ -148,13 +164,16 @@ def complete_changes(
     widths: dict[str, Any] = {}
     if after["use_proprio"] and proprio_dim is None:
         raise ValueError(
-            "The policy takes the robot's state (`use_proprio`), and the first dataset has none: say which columns it "
-            "is with `state` in the dataset's description (--dataset_configs)."
+            "The policy takes the robot's state (`use_proprio`), and a dataset has none: say which columns it is "
+            "with `state` in the dataset's description (--dataset_configs)."
         )
     if after["head_type"] != "tokens" and config.action_dim is None:
         widths["action_dim"] = action_dim
     if bool(after["use_proprio"]) != config.use_proprio:
         widths["proprio_dim"] = proprio_dim if after["use_proprio"] else None
+    # A tokenizer that is still to be fitted will have at most so many tokens.
+    fast_fields = UNFITTED if after["head_type"] == "fast" else dict.fromkeys(UNFITTED)
+    widths |= {name: value for name, value in fast_fields.items() if value is None or after[name] is None}
     if after["head_type"] not in ("diffusion", "flow"):
         widths["num_inference_steps"] = changes.get("num_inference_steps")
     # The base's statistics, which may know no state, give way to those of the datasets.
@@ -268,24 +287,15 @@ def check_output_dir(output_dir: str) -> None:
 def check_action_dimensions(model: PreTrainedModel, statistics: dict[str, dict]) -> None:
     """
     Raises:
-        ValueError: If a dataset's actions are of another dimension than those of the policy.
+        ValueError: If the widest of the datasets' actions are of another dimension than those of the policy, or
+            datasets that are to be spoken of in FAST tokens differ.
     """
     expected = getattr(model.config, "action_dim", None)
     sizes = {name: len(each["action"]["q01"]) for name, each in statistics.items()}
-    if expected is not None and set(sizes.values()) != {expected}:
+    if expected is not None and max(sizes.values()) != expected:
         raise ValueError(f"The policy's actions have {expected} dimensions, those of the datasets {sizes}.")
-
-
-def smooth_bins(model: PreTrainedModel, width: float) -> None:
-    """
-    Let neighbouring action bins share a label, while this model trains.
-
-    Raises:
-        ValueError: If the policy does not speak in bins.
-    """
-    if model.config.head_type != "tokens":
-        raise ValueError(f"--bin_smoothing is for policies that speak in bins, not for {model.config.head_type!r}.")
-    model.loss_function = SmoothedLoss(model.codec, width)
+    if getattr(model.config, "head_type", None) == "fast" and len(set(sizes.values())) > 1:
+        raise ValueError(f"FAST tokens are learned of actions of one dimension, those of the datasets have {sizes}.")
 
 
 def check_judging(flag: str, packages: Sequence[str], training: OpenVLATrainingArguments) -> None:
@@ -336,19 +346,38 @@ def set_up(
         check_judging("--rollout_episodes", ("mujoco", "gymnasium"), training)
     check_output_dir(training.output_dir)
     set_seed(training.seed)
+    seed = training.seed if training.data_seed is None else training.data_seed
     config, changes = read_config(model_arguments), asked_changes(model_arguments)
+    head_type = changes.get("head_type", config.head_type)
+    check_fast_arguments(model_arguments, config)
+    if training.bin_smoothing and head_type != "tokens":
+        raise ValueError(f"--bin_smoothing is for policies that speak in bins, not for {head_type!r}: leave it out.")
+    fast_tokenizer = find_fast_tokenizer(model_arguments, checkpoint) if head_type == "fast" else None
+    if fast_tokenizer is not None:
+        changes |= fast_tokenizer.config_fields
     parts = open_parts(data_arguments, changes.get("num_images", config.num_images))
+    names = [part.source.name for part in parts]
+    embodiments = list_embodiments(model_arguments, config, names)
+    # Robots that the policy has learned to drive before keep their statistics.
+    known = {name: config.norm_stats[name] for name in embodiments or [] if name in config.norm_stats}
+    if embodiments != config.embodiments:
+        changes["embodiments"] = embodiments
     if changes:
-        changes = complete_changes(changes, config, *measure_widths(parts[0]))
+        changes = complete_changes(changes, config, *measure_widths(parts, known))
     model, processor, saved_dtype = load_model(model_arguments, changes)
-    if processor.head_type in ("diffusion", "flow") and data_arguments.validation_episodes:
-        check_judging(f"Validation of a {processor.head_type!r} head (--validation_episodes)", (), training)
+    if head_type in ("diffusion", "flow") and data_arguments.validation_episodes:
+        check_judging(f"Validation of a {head_type!r} head (--validation_episodes)", (), training)
     statistics = prepare_statistics(parts, data_arguments, training, checkpoint)
     base_model = model.get_base_model() if model_arguments.use_peft else model
-    base_model.norm_stats = processor.norm_stats = statistics
-    check_action_dimensions(model, statistics)
+    base_model.norm_stats = processor.norm_stats = {**known, **statistics}
+    check_action_dimensions(model, processor.norm_stats)
+    if head_type == "fast":
+        if checkpoint is None:
+            known = processor.fast_tokenizer if fast_tokenizer is None else fast_tokenizer
+            fast_tokenizer = choose_fast_tokenizer(processor, base_model.config, known, parts, data_arguments, seed)
+        set_fast_tokenizer(base_model, processor, fast_tokenizer)
     if training.bin_smoothing:
-        smooth_bins(base_model, training.bin_smoothing)
+        base_model.loss_function = SmoothedLoss(base_model.codec, training.bin_smoothing)
     if training.device.type == "cpu":
         warm_up(base_model)
         training.dataloader_pin_memory = False
@@ -360,7 +389,7 @@ def set_up(
         statistics,
         processor,
         data_arguments,
-        seed=training.seed if training.data_seed is None else training.data_seed,
+        seed=seed,
         rank=training.process_index,
         world_size=training.world_size,
     )
@@ -373,6 +402,7 @@ def set_up(
         dtype=saved_dtype,
         repo_id=training.hub_model_id or Path(training.output_dir).resolve().name,
         datasets=[split_weight(text)[0] for text in data_arguments.dataset or []],
+        names=names,
         settings=card_settings(model_arguments, data_arguments, training),
     )
     callbacks, rollouts = make_judges(base_model, processor, data, data_arguments, training)
@@ -419,7 +449,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", FutureWarning)
     model_arguments, data_arguments, training = parse_arguments(arguments)
     logging.basicConfig(level=logging.WARNING)
-    for told in (logger, logging.getLogger("load_policy")):
+    for told in (logger, logging.getLogger("load_policy"), logging.getLogger("training.fast")):
         told.setLevel(logging.INFO if training.should_log else logging.WARNING)
     trainer, checkpoint = set_up(model_arguments, data_arguments, training)
     size = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size

@@ -22,6 +22,10 @@ class Collator:
     Pictures are resized as the processor does it and augmented afterwards, the order that OpenVLA was trained in.
     With an augmentation its random crop takes the place of the processor's centre crop.
 
+    Beyond the end of an episode its last action is repeated. Tokens of these actions keep their places and are not
+    learned. A FAST token is of the whole chunk, and none can be left out: they spell the repeated actions, too, and
+    all are learned (as openpi learns pi0-FAST).
+
     Args:
         processor: The policy's, with the statistics of every dataset that comes up. It tells how many pictures a
             policy looks at, how long its chunks are, and whether it takes the state.
@@ -49,7 +53,7 @@ class Collator:
             states, the normalised `actions` float32 (B, K, D), and `action_dims` (B,) where robots differ in D; where
             the policy tells robots apart, `embodiment` (B,). Padding is on the processor's side, no longer than the
             longest row asks for. Labels are -100 outside the tokens of the actions, which say where the actions are,
-            of padded ones as well, and the stop token.
+            of padded ones as well, and the stop token. FAST tokens are of another number in each row.
 
         Raises:
             ValueError: If a picture or a state is missing, a picture cannot be decoded or a chunk has another length,
@@ -65,7 +69,7 @@ class Collator:
             unnorm_key=[step.dataset for step in steps],
             **({"state": [_state(step) for step in steps]} if self.processor.use_proprio else {}),
         )
-        if not self.predict_stop_token or self.processor.head_type != "tokens":
+        if not self.predict_stop_token or self.processor.head_type not in ("tokens", "fast"):
             is_stop = batch["labels"] == self.processor.tokenizer.eos_token_id
             batch["labels"][is_stop] = IGNORE_INDEX
         return {**batch, "action_is_pad": torch.from_numpy(np.stack([step.action_is_pad for step in steps]))}

@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY_POLICY
-from load_policy import load_policy
+from load_policy import load_policy, repository_class
 from safetensors.torch import load_file
 from test_action_heads import make_config, make_policy, noise_image
 
+from robot_data.collation import Collator
+from robot_data.episode import Step
 
 
 CHUNK = 2
@@ -49,8 +51,6 @@ UNLIKE = statistics(arm=7, two_arms=14)
 
 @pytest.fixture(scope="module")
 def fast_tokenizer():
-    from load_policy import repository_class
-
     return repository_class("FastTokenizer").fit(np.random.default_rng(0).uniform(-1, 1, (500, CHUNK, 3)))
 
 
@@ -291,3 +291,154 @@ class TestDimensions:
                 assert output.token_ids.shape == (3, CHUNK * size)
         with pytest.raises(ValueError, match=r"same action dimension, got {'arm': 7, 'two_arms': 14}"):
             model.predict_action(**inputs, unnorm_key=["arm", "two_arms", "arm"])
+
+    def test_fast_tokens_spell_each_dimension(self, make):
+        """A chunk of any dimension is a chain of numbers."""
+        model, processor = make("fast", statistics(arm=2, other_arm=3))
+        for key, size in (("arm", 2), ("other_arm", 3)):
+            actions = model.predict_action(**observations(processor), unnorm_key=key)
+            assert actions.shape == (3, CHUNK, size)
+
+    @pytest.mark.parametrize("kind", ["causal", "tokens"])
+    def test_tokens_are_as_many_as_numbers(self, make, kind):
+        """A batch of both robots has the loss of each alone, over all that is learned, however long its rows are."""
+        model, processor = make(kind, UNLIKE)
+        batch, is_pad = both_robots(processor)
+        tokens = [(row != -100).sum().item() for row in batch["labels"]]
+        assert tokens == [CHUNK * 7 + 1, CHUNK * 14 + 1, CHUNK * 7 + 1]
+        assert not {"actions", "action_dims"} & set(batch)
+        with torch.no_grad():
+            whole = model(**batch, action_is_pad=is_pad).loss.item()
+            alone = [
+                model(**part, action_is_pad=is_pad[row : row + 1]).loss.item() for row, part in each_row(processor)
+            ]
+        learned = np.array([CHUNK * 7 + 1, (CHUNK - 1) * 14 + 1, CHUNK * 7 + 1])
+        assert whole == pytest.approx((learned * alone).sum() / learned.sum(), rel=1e-4)
+
+    @pytest.mark.parametrize("kind", HEADS)
+    def test_padding_of_a_head_counts_nowhere(self, make, kind):
+        """Neither in the loss, nor in its gradients, nor as an item of a batch, nor as noise that others see."""
+        model, processor = make(kind, UNLIKE)
+        batch, is_pad = both_robots(processor)
+        assert batch["action_dims"].tolist() == [7, 14, 7]
+        assert not batch["actions"][0, :, 7:].any()
+        assert [(row != -100).sum().item() for row in batch["labels"]] == [CHUNK * 14 + 1] * 3
+        losses, gradients = [], []
+        for rubbish in (0.0, 5.0):
+            model.zero_grad()
+            torch.manual_seed(5)
+            noise = torch.randn(3, CHUNK, 14)
+            noise[[0, 2], :, 7:] += rubbish
+            actions = batch["actions"].clone()
+            actions[[0, 2], :, 7:] += rubbish
+            corruption = {"noise": noise, "time": torch.tensor([0.0, 1.0, 1.0])} if kind != "l1" else {}
+            loss = model(**{**batch, "actions": actions}, action_is_pad=is_pad, **corruption).loss
+            loss.backward()
+            losses.append(loss.item())
+            gradients.append(model.projector.fc1.weight.grad.clone())
+        assert losses[0] == losses[1]
+        assert torch.equal(*gradients)
+        predictions = model(**batch, **corruption).head_predictions
+        with torch.no_grad():
+            items = (CHUNK * 7 + 1) * 2 + (CHUNK - 1) * 14 + 1
+            shared = model(**batch, action_is_pad=is_pad, **corruption, num_items_in_batch=items).loss
+            whole = model(**batch, action_is_pad=is_pad, **corruption).loss
+        torch.testing.assert_close(shared, whole)
+        if kind == "l1":
+            own = [predictions[0, :, :7], predictions[1, :1], predictions[2, :, :7]]
+            targets = [batch["actions"][0, :, :7], batch["actions"][1, :1], batch["actions"][2, :, :7]]
+            errors = torch.cat([(o - t).abs().flatten() for o, t in zip(own, targets, strict=True)])
+            torch.testing.assert_close(whole, errors.mean().detach())
+
+    @pytest.mark.parametrize("kind", ["diffusion", "flow"])
+    def test_actions_are_made_of_their_own_noise(self, make, kind):
+        model, processor = make(kind, UNLIKE)
+        inputs, noise = observations(processor), noise_for(model, 3)["noise"]
+        other = noise.clone()
+        other[..., 7:] += 3
+        narrow, wide = (
+            [model.predict_action(**inputs, unnorm_key=key, noise=each) for each in (noise, other)]
+            for key in ("arm", "two_arms")
+        )
+        np.testing.assert_array_equal(*narrow)
+        assert not np.allclose(*wide)
+
+    def test_states_are_padded_by_zeros(self, make):
+        model, processor = make("l1", UNLIKE, use_proprio=True, proprio_dim=28)
+        states = [np.full(14, 0.5), np.full(28, 0.5), np.full(14, -0.5)]
+        keys = ["arm", "two_arms", "arm"]
+        proprio = observations(processor, state=states, unnorm_key=keys)["proprio"]
+        assert proprio.shape == (3, 28)
+        for row, state in enumerate(states):
+            np.testing.assert_allclose(proprio[row, : len(state)], state)
+            assert not proprio[row, len(state) :].any()
+        alone = observations(processor, slice(0, 1), state=states[0], unnorm_key="arm")
+        assert torch.equal(alone["proprio"], proprio[:1])
+        assert model.predict_action(**alone, unnorm_key="arm").shape == (CHUNK, 7)
+        with pytest.raises(ValueError, match=r"`state` must be of shape .* got \[\(14,\), \(28,\)\]"):
+            observations(processor, state=states[:2], unnorm_key=keys)
+
+    def test_the_collator_mixes_robots(self, make):
+        model, processor = make("l1", UNLIKE, embodiments=["arm", "two_arms"])
+        sizes = {"two_arms": 14, "arm": 7}
+        steps = [
+            Step(
+                images={"primary": np.zeros((28, 28, 3), np.uint8)},
+                instruction="push it",
+                action=np.full((CHUNK, size), 0.5, np.float32),
+                action_is_pad=np.zeros(CHUNK, dtype=bool),
+                state=None,
+                dataset=name,
+                episode=0,
+                frame=0,
+            )
+            for name, size in sizes.items()
+        ]
+        batch = Collator(processor)(steps)
+        assert batch["embodiment"].tolist() == [1, 0]
+        assert batch["action_dims"].tolist() == [14, 7]
+        assert torch.isfinite(model(**batch).loss)
+        processor.head_type = "tokens"
+        batch = Collator(processor)(steps)
+        assert batch["embodiment"].tolist() == [1, 0]
+        assert [(row != -100).sum().item() for row in batch["labels"]] == [CHUNK * 14 + 1, CHUNK * 7 + 1]
+
+    def test_refused(self, make):
+        model, processor = make("l1", UNLIKE)
+        batch, _ = both_robots(processor)
+        for dims in ([7, 15, 7], [0, 14, 7]):
+            with pytest.raises(ValueError, match=r"at most `action_dim`; got .* `action_dim=14`"):
+                model(**{**batch, "action_dims": torch.tensor(dims)})
+        with pytest.raises(ValueError, match=r"`action_dims` must be of shape \(3,\), got \(2,\)"):
+            model(**{**batch, "action_dims": torch.tensor([7, 14])})
+        tokens, processor = make("causal", UNLIKE)
+        batch, _ = both_robots(processor)
+        with pytest.raises(ValueError, match=r"for a head on the hidden states .* `head_type='tokens'`"):
+            tokens(**batch, action_dims=torch.tensor([7, 14, 7]))
+        with pytest.raises(ValueError, match=r"Rows of one batch need the same action dimension"):
+            processor.normalize_actions(robot_actions(), ["arm", "two_arms", "arm"])
+        with pytest.raises(ValueError, match=r"statistics are of 14 dimensions, and the values of 7"):
+            observations(processor, actions=robot_actions(), unnorm_key="two_arms")
+        model.norm_stats = statistics(arm=7)
+        with pytest.raises(ValueError, match=r"are of 14 numbers .*, the statistics of 7. Those of a robot with"):
+            model.predict_action(**observations(processor), unnorm_key="arm")
+
+
+def robot_actions() -> list[np.ndarray]:
+    """Chunks of a single arm, a bimanual robot and the single arm again."""
+    rng = np.random.default_rng(6)
+    return [rng.uniform(-0.9, 0.9, (CHUNK, size)) for size in (7, 14, 7)]
+
+
+def both_robots(processor) -> tuple[dict, torch.Tensor]:
+    """A batch of both robots, and which of its actions are padding: the last one of the bimanual robot."""
+    is_pad = torch.zeros(3, CHUNK, dtype=torch.bool)
+    is_pad[1, 1:] = True
+    batch = observations(processor, actions=robot_actions(), unnorm_key=["arm", "two_arms", "arm"])
+    return dict(batch), is_pad
+
+
+def each_row(processor):
+    """The rows of [`both_robots`], each as a batch of its own."""
+    for row, (actions, key) in enumerate(zip(robot_actions(), ["arm", "two_arms", "arm"], strict=True)):
+        yield row, observations(processor, slice(row, row + 1), actions=actions, unnorm_key=key)

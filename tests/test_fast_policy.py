@@ -3,8 +3,6 @@
 
 import json
 import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -13,6 +11,7 @@ from hub_server import HubServer
 from load_policy import load_policy, repository_class
 from test_action_heads import KEY, make_config, make_policy, noise_image
 from test_fast_tokenizer import published_bpe  # noqa: F401  (a fixture)
+from test_saving import run
 
 from evaluation.policies import ModelPolicy
 
@@ -358,21 +357,8 @@ source, target, way = sys.argv[1:]
 model = AutoModelForImageTextToText.from_pretrained(source, trust_remote_code=True, dtype="auto")
 processor = AutoProcessor.from_pretrained(source, trust_remote_code=True)
 (model.push_to_hub if way == "model" else processor.push_to_hub)(target)
+print("done")
 """
-
-
-def run(code: str, *arguments, environment: dict[str, str]) -> str:
-    """The last line that a fresh interpreter prints, away from this checkout."""
-    result = subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        env=environment,
-        cwd=environment["HF_HOME"],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stderr
-    return (result.stdout.strip().splitlines() or [""])[-1]
 
 
 @pytest.fixture(scope="module")

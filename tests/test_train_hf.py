@@ -1123,6 +1123,7 @@ RECIPES = {
     "small_language_model": (SMALL_LM, 1_121_022_208 - 43_080_480),
     "openvla_oft_libero": (LIBERO, 107_862_016 + l1_head(7) + state_projector(8)),
     "openvla_oft_plus_aloha": (ALOHA, 107_862_016 + l1_head(14) + state_projector(14) + FILM),
+    "openvla_fast_libero": (LIBERO | {"fast_min_token": -32}, 7_498_156_704 + state_projector(8)),
 }
 
 
@@ -1166,8 +1167,15 @@ class TestRecipes:
         if data.mixture is not None:
             assert data.mixture in yaml.safe_load((REPOSITORY / "robot_data" / "mixtures.yaml").read_text())
 
-    @pytest.mark.parametrize(("name", "fall"), [("openvla_oft_libero", 100_000), ("openvla_oft_plus_aloha", 50_000)])
-    def test_learning_rate_falls_to_a_tenth(self, tmp_path, name, fall):
+    @pytest.mark.parametrize(
+        ("name", "expected"),
+        [
+            ("openvla_oft_libero", {0: 1.0, 100_000: 1.0, 100_001: 0.1, 150_000: 0.1}),
+            ("openvla_oft_plus_aloha", {0: 1.0, 50_000: 1.0, 50_001: 0.1, 100_000: 0.1}),
+            ("openvla_fast_libero", {0: 0.0, 1_000: 1.0, 15_500: 0.55, 30_000: 0.1}),
+        ],
+    )
+    def test_learning_rate_falls_to_a_tenth(self, tmp_path, name, expected):
         path = REPOSITORY / "recipes" / f"{name}.yaml"
         more = ("--dataset", "data", "--output_dir", str(tmp_path), "--bf16", "False", "--use_cpu", "True")
         training = parse_arguments([str(path), *more])[2]
@@ -1180,8 +1188,8 @@ class TestRecipes:
             scheduler_specific_kwargs=training.lr_scheduler_kwargs,
         )
         (factor,) = scheduler.lr_lambdas
-        steps = (0, fall, fall + 1, training.max_steps)
-        assert [factor(step) for step in steps] == pytest.approx([1.0, 1.0, 0.1, 0.1])
+        assert {step: factor(step) for step in expected} == pytest.approx(expected)
+        assert training.max_steps == max(expected)
 
     def test_tabletop_learns_what_the_expert_would_do(self, recorded, tmp_path, monkeypatch):
         monkeypatch.chdir(REPOSITORY)

@@ -22,7 +22,7 @@ from evaluation.policies import ModelPolicy
 from tabletop.record import Recording, record
 from training.arguments import parse_arguments
 from training.checkpoint import find_checkpoints
-from training.metrics import ActionMetrics, count_correct, without_padding
+from training.metrics import ActionMetrics, ActionTokens, count_correct, without_padding
 from training.modes import added_modules
 
 
@@ -214,18 +214,18 @@ class TestStart:
 class TestPadding:
     """Actions beyond the end of an episode, by hand: two rows of three actions of two numbers."""
 
-    CODEC = SimpleNamespace(n_bins=10, token_end=100)
+    TOKENS = ActionTokens(90, 100)
     LABELS = torch.tensor([[-100, -100, 91, 92, 93, 94, 95, 96, 2], [-100, 81, 97, 98, 99, 90, 91, 92, 2]])
     IS_PAD = torch.tensor([[False, False, True], [False, True, True]])
 
     def test_labels(self):
-        learned = without_padding(self.LABELS, self.IS_PAD, self.CODEC)
+        learned = without_padding(self.LABELS, self.IS_PAD, self.TOKENS)
         assert learned[0].tolist() == [-100, -100, 91, 92, 93, 94, -100, -100, 2]
         assert learned[1].tolist() == [-100, 81, 97, 98, -100, -100, -100, -100, 2]
 
     def test_accuracy(self):
         predicted = torch.tensor([[0, 91, 92, 0, 94, 95, 96, 2], [81, 97, 0, 99, 90, 91, 92, 0]])
-        assert count_correct(predicted, self.LABELS, self.IS_PAD, self.CODEC).tolist() == [4, 6]
+        assert count_correct(predicted, self.LABELS, self.IS_PAD, self.TOKENS).tolist() == [4, 6]
 
     def test_items(self, recorded, tmp_path):
         """What the loss is divided by, over all batches of a step."""

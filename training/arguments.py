@@ -36,8 +36,8 @@ class ModelArguments:
     head_type: str | None = field(
         default=None,
         metadata={
-            "help": "What speaks the actions: tokens, l1, diffusion or flow. This and the next options change the "
-            "policy's configuration; by default they are as it has them. Parts that it has not got begin anew."
+            "help": "What speaks the actions: tokens, fast, l1, diffusion or flow. This and the next options change "
+            "the policy's configuration; by default they are as it has them. Parts that it has not got begin anew."
         },
     )
     attention_mode: str | None = field(default=None, metadata={"help": "causal or bidirectional."})
@@ -45,11 +45,32 @@ class ModelArguments:
     num_images: int | None = field(default=None, metadata={"help": "Camera pictures per observation."})
     use_proprio: bool | None = field(default=None, metadata={"help": "Whether the robot's state goes in."})
     use_film: bool | None = field(default=None, metadata={"help": "Whether the instruction modulates the towers."})
+    use_embodiment_adapter: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Whether the policy is told which robot it drives: each dataset is one, and what the policy has "
+            "not got yet begins anew behind those that it has."
+        },
+    )
     append_stop_token: bool | None = field(
         default=None, metadata={"help": "Whether the end-of-sequence token follows actions of one pass."}
     )
     norm_type: str | None = field(
         default=None, metadata={"help": "How actions and states are normalised: bounds_q99, bounds or normal."}
+    )
+    fast_tokenizer: str | None = field(
+        default=None,
+        metadata={
+            "help": "FAST tokenizer to speak with: a directory or Hub id, of a policy of ours or as "
+            "physical-intelligence/fast. By default the policy's own; where it has none, one is fitted on the data."
+        },
+    )
+    fast_scale: float | None = field(
+        default=None,
+        metadata={"help": "Of a FAST tokenizer that is fitted: higher is finer, and longer; by default 10."},
+    )
+    fast_vocab_size: int | None = field(
+        default=None, metadata={"help": "Tokens of a FAST tokenizer that is fitted, at most; by default 1024."}
     )
     diffusion_steps: int | None = field(default=None, metadata={"help": "Noise levels of a diffusion head."})
     num_inference_steps: int | None = field(

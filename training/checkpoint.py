@@ -83,9 +83,9 @@ def save_resume_weights(
     """
     The weights that a resumed run goes on with, as they are trained: the adapter, or all of them.
 
-    There is no config.json, so that no one takes the directory for a model. Processor, statistics and the fields of
-    the configuration that the base may have otherwise lie beside an adapter: `tools/merge_adapter.py` needs no more
-    than this directory and the base.
+    There is no config.json, so that no one takes the directory for a model. The processor lies beside the weights,
+    with the FAST tokenizer if it has one. Statistics and the fields of the configuration that the base may have
+    otherwise lie beside an adapter: `tools/merge_adapter.py` needs no more than this directory and the base.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`): What is trained.
@@ -94,9 +94,9 @@ def save_resume_weights(
         state_dict (`dict`, *optional*): In place of the model's own, where it is sharded.
     """
     directory.mkdir(parents=True, exist_ok=True)
+    processor.save_pretrained(directory)
     if isinstance(model, PeftModel):
         model.save_pretrained(directory, state_dict=state_dict)
-        processor.save_pretrained(directory)
         write_json(directory / STATISTICS_NAME, processor.norm_stats)
         config = model.get_base_model().config
         write_json(directory / ACTION_CONFIG_NAME, {name: getattr(config, name) for name in ACTION_FIELDS})
@@ -170,6 +170,7 @@ class Repository:
         dtype (`torch.dtype`): Of the weights written.
         repo_id (`str`): What the model card says to load.
         datasets (`list[str]`): What was trained on, as it was given.
+        names (`list[str]`): What was trained on, as the statistics have it, which may know more.
         settings (`dict[str, Any]`): Of the training, for the card.
         metrics (`dict[str, float]`): The last ones, for the card.
     """
@@ -180,6 +181,7 @@ class Repository:
     dtype: torch.dtype
     repo_id: str
     datasets: list[str]
+    names: list[str]
     settings: dict[str, Any]
     metrics: dict[str, float] = field(default_factory=dict)
 
@@ -233,7 +235,7 @@ class Repository:
         base_model = None if self.base.is_local else self.base.root
         text = model_card(
             self.repo_id,
-            f"{self.base.described}, fine-tuned on {', '.join(f'`{name}`' for name in self.processor.norm_stats)}.",
+            f"{self.base.described}, fine-tuned on {', '.join(f'`{name}`' for name in self.names)}.",
             unnorm_keys=sorted(self.processor.norm_stats),
             base_model=base_model,
             llm_backbone_id=llm_backbone_id,
@@ -246,7 +248,7 @@ class Repository:
         return card
 
     def _training_section(self) -> str:
-        statistics = self.processor.norm_stats
+        statistics = {name: self.processor.norm_stats[name] for name in self.names}
         sizes = [
             [name, each.get("num_trajectories"), each.get("num_transitions")] for name, each in statistics.items()
         ]

@@ -13,7 +13,7 @@ from robot_data.augmentation import Augmentation
 from robot_data.collation import Collator, camera_roles
 from robot_data.episode import Episode, RawEpisode, Source, Step, check_unit
 from robot_data.filters import Filters
-from robot_data.mixture import Part, open_mixture, open_part
+from robot_data.mixture import Part, open_mixture, open_part, probabilities
 from robot_data.reading import iter_episodes
 from robot_data.sources import JoinedSource, open_source
 from robot_data.standardize import DatasetConfig, config_for
@@ -153,13 +153,30 @@ def split_weight(text: str) -> tuple[str, float]:
         return text, 1.0
 
 
-def measure_widths(part: Part) -> tuple[int, int | None]:
-    """Numbers in an action and, if the dataset has one, in a state, as the first episode has them."""
+def measure_widths(parts: Sequence[Part], known: dict[str, dict]) -> tuple[int, int | None]:
+    """
+    Numbers in the widest action and, if every dataset has one, in the widest state.
+
+    Args:
+        parts (`Sequence[Part]`): Measured by their first episodes.
+        known (`dict[str, dict]`): Statistics of datasets that the policy knows beside them.
+    """
+    episodes = [_first_episode(part) for part in parts]
+    sizes = {
+        name: [len(statistics[name]["q01"]) for statistics in known.values() if name in statistics]
+        for name in ("action", "proprio")
+    }
+    action_dim = max([episode.actions.shape[1] for episode in episodes] + sizes["action"])
+    if any(episode.states is None for episode in episodes):
+        return action_dim, None
+    return action_dim, max([episode.states.shape[1] for episode in episodes] + sizes["proprio"])
+
+
+def _first_episode(part: Part) -> Episode:
     try:
-        episode = next(iter_episodes(part.source, replace(part.config, cameras={})))
+        return next(iter_episodes(part.source, replace(part.config, cameras={})))
     except StopIteration:
         raise ValueError(f"The filters leave nothing of {part.source.name}.") from None
-    return episode.actions.shape[1], None if episode.states is None else episode.states.shape[1]
 
 
 # Statistics
@@ -179,6 +196,55 @@ def read_statistics(path: str | Path, names: Sequence[str]) -> dict[str, dict]:
     if missing := [name for name in names if name not in statistics]:
         raise ValueError(f"{path} has no statistics of {missing}; it has {sorted(statistics)}.")
     return {name: statistics[name] for name in names}
+
+
+# Chunks to fit a FAST tokenizer on
+
+
+def sample_chunks(
+    parts: Sequence[Part],
+    statistics: dict[str, dict],
+    arguments: DataArguments,
+    *,
+    chunk_size: int,
+    limit: int,
+    seed: int,
+) -> tuple[np.ndarray, list[str]]:
+    """
+    Chunks of the training episodes, at every step and at the end with its last action repeated, as they are learned.
+
+    Each dataset gives as many of them as it comes up in training, from its episodes in a drawn order. No picture is
+    read.
+
+    Args:
+        parts (`Sequence[Part]`): From [`open_parts`].
+        statistics (`dict[str, dict]`): By dataset name.
+        arguments ([`DataArguments`]): How they are divided and balanced.
+        chunk_size (`int`): Actions of each, K.
+        limit (`int`): Chunks at most, N.
+        seed (`int`): Of the order, and of which episodes are held out, as in [`make_data`].
+
+    Returns:
+        `tuple`: Actions (N, K, D) in the units of their datasets, and the dataset of each.
+    """
+    parts = [replace(part, num_steps=_num_steps(statistics, part)) for part in parts]
+    sampled, names = [], []
+    for part, share in zip(parts, probabilities(parts, arguments.balance), strict=True):
+        episodes = _shuffled_episodes(part, arguments, seed)
+        chunks = (chunk for episode in episodes for chunk in episode.chunks(np.arange(len(episode)), chunk_size)[0])
+        rows = list(itertools.islice(chunks, max(int(share * limit), 1)))
+        sampled += rows
+        names += [part.source.name] * len(rows)
+    return np.stack(sampled), names
+
+
+def _shuffled_episodes(part: Part, arguments: DataArguments, seed: int) -> Iterator[Episode]:
+    """The actions of the training episodes, units of them in a drawn order."""
+    selection, _ = _divide(part, arguments, seed)
+    order = np.random.default_rng([seed, selection.num_units]).permutation(selection.num_units).tolist()
+    shuffled = replace(selection, units=tuple(selection.units[unit] for unit in order))
+    config = replace(part.config, cameras={}, state=())
+    return iter_episodes(shuffled, config, skip_bad_episodes=arguments.skip_bad_episodes)
 
 
 # Training and validation

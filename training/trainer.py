@@ -30,7 +30,15 @@ from .checkpoint import (
     writing,
 )
 from .data import NamedBatch, TrainingData
-from .metrics import IGNORE_INDEX, ActionMetrics, count_correct, predicted_tokens, without_padding
+from .metrics import (
+    IGNORE_INDEX,
+    TOKEN_HEADS,
+    ActionMetrics,
+    ActionTokens,
+    count_correct,
+    predicted_tokens,
+    without_padding,
+)
 from .processes import in_main_process
 from .randomness import own_random_numbers
 from .trackers import save_tracker_run
@@ -43,8 +51,9 @@ class OpenVLATrainer(Trainer):
     - Batches come from a [`StepLoader`] of this process, whose place in the stream is saved with each checkpoint.
     - Beside Trainer's figures the log holds `action_accuracy` (of the main process, on the batches of training, where
       the policy speaks in tokens) and `data_wait`, the fraction of the time that was spent waiting for data.
-    - Padded actions count in no loss and in no figure. What is drawn at a validation, noise of the `diffusion` and
-      `flow` heads, is the same at each, and disturbs no random numbers of training.
+    - Padded actions count in no loss and in no figure, but for those that FAST tokens spell. What is drawn at a
+      validation, noise of the `diffusion` and `flow` heads, is the same at each, and disturbs no random numbers of
+      training.
     - A checkpoint is written under another name and renamed once it is complete. After it, and at the end, the merged
       model is written to the root of the output directory, once.
 
@@ -68,8 +77,9 @@ class OpenVLATrainer(Trainer):
     ):
         steps = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         updates_per_epoch = max(data.num_steps // steps, 1)
-        self.repository, self.codec, self.rollouts = repository, repository.processor.codec, rollouts
+        self.repository, self.rollouts = repository, rollouts
         self.head_type = repository.processor.head_type
+        self.action_tokens = ActionTokens.of(repository.processor)
         self.loader = StepLoader(
             data.stream,
             args.per_device_train_batch_size,
@@ -92,7 +102,7 @@ class OpenVLATrainer(Trainer):
             data_collator=data.plain_collator,
             eval_dataset=data.held_out or None,
             compute_metrics=metrics,
-            preprocess_logits_for_metrics=predicted_tokens if self.head_type == "tokens" else None,
+            preprocess_logits_for_metrics=predicted_tokens if self.head_type in TOKEN_HEADS else None,
             callbacks=[EpochCallback(updates_per_epoch), *(callbacks or [])],
         )
         # Trainer does not find the name behind an adapter.
@@ -140,7 +150,11 @@ class OpenVLATrainer(Trainer):
 
     def _get_num_items_in_batch(self, batch_samples: list[dict], device: torch.device) -> torch.Tensor | int | None:
         counted = [
-            {"labels": without_padding(batch["labels"], batch["action_is_pad"], self.codec, batch.get("action_dims"))}
+            {
+                "labels": without_padding(
+                    batch["labels"], batch["action_is_pad"], self.action_tokens, batch.get("action_dims")
+                )
+            }
             for batch in batch_samples
         ]
         return super()._get_num_items_in_batch(counted, device)
@@ -180,9 +194,9 @@ class OpenVLATrainer(Trainer):
                 raise FloatingPointError(
                     f"The loss of step {self.state.global_step + 1} is {loss.item()}. Its batch: {', '.join(names)}."
                 )
-            if self.head_type == "tokens":
+            if self.head_type in TOKEN_HEADS:
                 predicted = predicted_tokens(outputs["logits"].detach(), inputs["labels"])
-                counts = count_correct(predicted, inputs["labels"], inputs["action_is_pad"], self.codec)
+                counts = count_correct(predicted, inputs["labels"], inputs["action_is_pad"], self.action_tokens)
                 self._correct = self._correct.to(counts.device) + counts
         return (loss, outputs) if return_outputs else loss
 
@@ -236,7 +250,7 @@ class OpenVLATrainer(Trainer):
         if "loss" in logs:
             now = time.perf_counter()
             correct, total = self._correct.tolist()
-            if self.head_type == "tokens":
+            if self.head_type in TOKEN_HEADS:
                 logs["action_accuracy"] = correct / max(total, 1)
             logs["data_wait"] = self._waited / (now - self._logged_at)
             if skipped := sum(self.loader.skipped.values()):
