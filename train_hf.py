@@ -359,7 +359,7 @@ def set_up(
     names = [part.source.name for part in parts]
     embodiments = list_embodiments(model_arguments, config, names)
     # Robots that the policy has learned to drive before keep their statistics.
-    known = {name: config.norm_stats[name] for name in embodiments or [] if name in config.norm_stats}
+    known = {name: config.norm_stats[name] for name in embodiments or [] if name in config.norm_stats.keys() - names}
     if embodiments != config.embodiments:
         changes["embodiments"] = embodiments
     if changes:
