@@ -20,6 +20,7 @@ import train_hf
 from tabletop.record import Recording, record
 from training.arguments import parse_arguments
 from training.checkpoint import find_checkpoints
+from training.metrics import ActionTokens, without_padding
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
@@ -148,6 +149,20 @@ class TestRuns:
         for key, size in SIZES.items():
             inputs = processor(instruction="push it", images=camera_image, **state_of(processor, key)).to(model.dtype)
             assert model.predict_action(**inputs, unnorm_key=key).shape == (CHUNK, size)
+
+
+def test_items_without_padding():
+    """What a batch's loss is divided by, by hand: two rows with places for two actions of three numbers."""
+    tokens = ActionTokens(90, 100)
+    labels = torch.tensor([[-100, 91, 92, 93, 94, 95, 96, 2], [91, 92, 93, 94, 95, 96, 2, -100]])
+    is_pad = torch.tensor([[False, False], [False, True]])
+    learned = without_padding(labels, is_pad, tokens, torch.tensor([2, 3]))
+    assert learned[0].tolist() == [-100, 91, 92, -100, 94, 95, -100, 2]
+    assert learned[1].tolist() == [91, 92, 93, -100, -100, -100, 2, -100]
+    # As many tokens as numbers, and nothing but whole actions that are padding.
+    labels = torch.tensor([[-100, -100, -100, 91, 92, 2], [91, 92, 93, 94, 2, -100]])
+    learned = without_padding(labels, torch.tensor([[False, True]] * 2), tokens)
+    assert learned.tolist() == [[-100, -100, -100, 91, -100, 2], [91, 92, -100, -100, 2, -100]]
 
 
 class TestStart:
