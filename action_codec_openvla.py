@@ -80,9 +80,9 @@ class ActionCodec:
         return self.bin_centers[bins - 1]
 
 
-def select_statistics(norm_stats: dict[str, dict], unnorm_key: str | None) -> dict:
+def resolve_key(norm_stats: dict[str, dict], unnorm_key: str | None) -> str:
     """
-    Statistics of the dataset `unnorm_key`, which may be `None` where there is only one.
+    The dataset `unnorm_key`, which may be `None` where there is only one.
 
     Raises:
         ValueError: Listing the keys, if the key is missing or unknown.
@@ -97,10 +97,36 @@ def select_statistics(norm_stats: dict[str, dict], unnorm_key: str | None) -> di
             raise ValueError(
                 f"The statistics hold {len(norm_stats)} datasets; pass `unnorm_key`, one of {sorted(norm_stats)}."
             )
-        return next(iter(norm_stats.values()))
+        return next(iter(norm_stats))
     if unnorm_key not in norm_stats:
         raise ValueError(f"`unnorm_key={unnorm_key!r}` is not in the statistics; they hold {sorted(norm_stats)}.")
-    return norm_stats[unnorm_key]
+    return unnorm_key
+
+
+def select_statistics(norm_stats: dict[str, dict], unnorm_key: str | None) -> dict:
+    """Statistics of the dataset that [`resolve_key`] tells."""
+    return norm_stats[resolve_key(norm_stats, unnorm_key)]
+
+
+def resolve_row_keys(
+    norm_stats: dict[str, dict], unnorm_key: str | Sequence[str] | None, batch_size: int
+) -> list[str]:
+    """
+    The dataset of each row of a batch.
+
+    Args:
+        norm_stats (`dict`): Statistics by dataset name.
+        unnorm_key (`str`, `list[str]` or `None`): One key for all rows, or one per row.
+        batch_size (`int`): Number of rows.
+
+    Raises:
+        ValueError: On an unknown key, or a wrong number of keys.
+    """
+    if unnorm_key is None or isinstance(unnorm_key, str):
+        return [resolve_key(norm_stats, unnorm_key)] * batch_size
+    if len(unnorm_key) != batch_size:
+        raise ValueError(f"{len(unnorm_key)} `unnorm_key`s were given for a batch of {batch_size}.")
+    return [resolve_key(norm_stats, key) for key in unnorm_key]
 
 
 def select_row_statistics(
@@ -110,9 +136,7 @@ def select_row_statistics(
     Statistics for each row of a batch, whose datasets must agree in action dimension.
 
     Args:
-        norm_stats (`dict`): Statistics by dataset name.
-        unnorm_key (`str`, `list[str]` or `None`): One key for all rows, or one per row.
-        batch_size (`int`): Number of rows.
+        norm_stats, unnorm_key, batch_size: See [`resolve_row_keys`].
 
     Returns:
         `list[dict]`: One dictionary with `action` (and `proprio`) per row.
@@ -120,20 +144,33 @@ def select_row_statistics(
     Raises:
         ValueError: On an unknown key, a wrong number of keys, or rows that differ in action dimension.
     """
-    if unnorm_key is None or isinstance(unnorm_key, str):
-        return [select_statistics(norm_stats, unnorm_key)] * batch_size
-    if len(unnorm_key) != batch_size:
-        raise ValueError(f"{len(unnorm_key)} `unnorm_key`s were given for a batch of {batch_size}.")
-    rows = [select_statistics(norm_stats, key) for key in unnorm_key]
-    sizes = {key: action_dim(row) for key, row in zip(unnorm_key, rows, strict=True)}
+    keys = resolve_row_keys(norm_stats, unnorm_key, batch_size)
+    sizes = {key: action_dim(norm_stats[key]) for key in keys}
     if len(set(sizes.values())) > 1:
         raise ValueError(f"Rows of one batch need the same action dimension, got {sizes}.")
-    return rows
+    return [norm_stats[key] for key in keys]
+
+
+def embodiment_rows(embodiments: Sequence[str], keys: Sequence[str]) -> list[int]:
+    """
+    Place of each dataset of `keys` among the `embodiments` of a policy.
+
+    Raises:
+        ValueError: Listing the known ones, if a dataset is none of them.
+    """
+    if unknown := sorted(set(keys) - set(embodiments)):
+        raise ValueError(f"The policy tells the robots {list(embodiments)} apart (`embodiments`), not {unknown}.")
+    return [embodiments.index(key) for key in keys]
 
 
 def action_dim(statistics: dict) -> int:
     """Number of action dimensions of a dataset."""
     return len(statistics["action"]["q01"])
+
+
+def widest(norm_stats: dict[str, dict], block: str) -> int:
+    """Most numbers that the `action` or `proprio` of a dataset has, to which those of the others are padded."""
+    return max(len(statistics[block]["q01"]) for statistics in norm_stats.values() if block in statistics)
 
 
 def normalize(values: np.ndarray, statistics: dict, norm_type: str = "bounds_q99") -> np.ndarray:

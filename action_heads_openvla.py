@@ -1,5 +1,8 @@
 # Copyright 2026 The OpenVLA repository authors. Licensed under the Apache License, Version 2.0.
-"""Parts of OpenVLA-OFT: heads that turn hidden states into actions, the state's projector, and FiLM in the towers."""
+"""
+Parts that a policy may have beside the published ones: those of OpenVLA-OFT (heads that turn hidden states into
+actions, the state's projector, FiLM in the towers), and the adapter that tells several robots apart.
+"""
 
 import torch
 from torch import nn
@@ -52,6 +55,49 @@ class InputProjector(nn.Module):
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
         return self.fc2(self.act(self.fc1(values.to(self.fc1.weight.dtype))))
+
+
+class EmbodimentEmbedding(nn.Module):
+    """What is learned of one robot; a tensor of its own, so that another robot changes no tensor that there is."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim))
+
+    def forward(self) -> torch.Tensor:
+        return self.weight
+
+
+class EmbodimentAdapter(nn.Module):
+    """
+    Tells the policy which robot it drives: a residual bottleneck, https://arxiv.org/abs/1902.00751, with an embedding
+    per robot between its layers, x + up(gelu(down(x) + robot)). A fresh one is the identity, to the bit.
+
+    It is applied to the observation, patches and state, where that enters the language model. There it is the same
+    for every head and attention, and with a cache all later tokens, FAST ones and the passes of a denoising head
+    included, see the robot without being told again; on the last hidden states each of them would need it anew.
+
+    Args:
+        text_dim (`int`): Width of the language model.
+        dim (`int`): Width of the bottleneck.
+        num_embodiments (`int`): How many robots there are.
+    """
+
+    def __init__(self, text_dim: int, dim: int, num_embodiments: int):
+        super().__init__()
+        self.down = HeadLinear(text_dim, dim)
+        self.embeddings = nn.ModuleList([EmbodimentEmbedding(dim) for _ in range(num_embodiments)])
+        self.act = nn.GELU()
+        self.up = ZeroLinear(dim, text_dim)
+
+    def forward(self, features: torch.Tensor, embodiment: torch.LongTensor) -> torch.Tensor:
+        """`features` (B, N, H) for the robots with these numbers (B,)."""
+        # Stacked, the robots that a batch lacks get gradients of zero, which DDP waits for.
+        table = torch.stack([embedding() for embedding in self.embeddings])  # (robots, dim)
+        robot = table[embodiment.to(table.device)][:, None]  # (B, 1, dim)
+        # Beside an adapter of the weights these layers train in float32, in a model of 16 bits.
+        hidden = self.act(self.down(features.to(self.down.weight.dtype)) + robot)  # (B, N, dim)
+        return features + self.up(hidden).to(features.dtype)
 
 
 class MLPResNetBlock(nn.Module):
@@ -264,4 +310,4 @@ def sinusoids(position: torch.Tensor, dim: int) -> torch.Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
-__all__ = ["DiffusionHead", "FlowMatchingHead", "L1RegressionHead", "make_action_head"]
+__all__ = ["DiffusionHead", "EmbodimentAdapter", "FlowMatchingHead", "L1RegressionHead", "make_action_head"]

@@ -278,12 +278,16 @@ class OpenVLAConfig(PretrainedConfig):
         attention_mode (`str`, defaults to `"causal"`): `causal`: action tokens one by one. `bidirectional`: every
             token sees every other, and all actions come out of one pass (OpenVLA-OFT).
         chunk_size (`int`, defaults to 1): Actions per prediction, one after the other in time.
-        action_dim (`int`, *optional*): Numbers per action. Default: as many as the statistics have; the heads on
-            hidden states need it.
+        action_dim (`int`, *optional*): Numbers per action, those of the robot with the most. Default: as many as the
+            statistics have; the heads on hidden states need it, and are padded for robots with fewer.
         use_proprio (`bool`, defaults to `False`), proprio_dim (`int`, *optional*): Whether the robot's state goes in,
             as one position behind the images, and of how many numbers it is.
         num_images (`int`, defaults to 1): Camera images per observation, the third-person view first.
         use_film (`bool`, defaults to `False`): Whether the instruction modulates every block of the vision towers.
+        embodiments (`list[str]`, *optional*): Robots that an adapter tells apart, by the names of their datasets
+            (`unnorm_key`), in the order of their embeddings: another robot is another name at the end. Default: no
+            adapter.
+        embodiment_adapter_dim (`int`, defaults to 64): Width of the adapter's bottleneck.
         append_stop_token (`bool`, defaults to `True`): Whether the end-of-sequence token follows the actions that are
             predicted in one pass.
         fast_scale (`float`), fast_min_token (`int`), fast_vocab_size (`int`, all *optional*): With `head_type="fast"`,
@@ -323,6 +327,8 @@ class OpenVLAConfig(PretrainedConfig):
         proprio_dim: int | None = None,
         num_images: int = 1,
         use_film: bool = False,
+        embodiments: list[str] | None = None,
+        embodiment_adapter_dim: int = 64,
         append_stop_token: bool = True,
         fast_scale: float | None = None,
         fast_min_token: int | None = None,
@@ -356,12 +362,12 @@ class OpenVLAConfig(PretrainedConfig):
         self.proprio_dim = proprio_dim
         self.num_images = num_images
         self.use_film = use_film
+        self.embodiments, self.embodiment_adapter_dim = embodiments, embodiment_adapter_dim
         self.append_stop_token = append_stop_token
         self.fast_scale = fast_scale
         self.fast_min_token = fast_min_token
         self.fast_vocab_size = fast_vocab_size
-        self.diffusion_steps = diffusion_steps
-        self.num_inference_steps = num_inference_steps
+        self.diffusion_steps, self.num_inference_steps = diffusion_steps, num_inference_steps
         self.pad_to_multiple_of = pad_to_multiple_of
         self.llm_max_length = llm_max_length
         self.output_projector_states = output_projector_states
@@ -576,9 +582,18 @@ class OpenVLAConfig(PretrainedConfig):
             raise ValueError(
                 f"`use_proprio=True` needs `proprio` statistics, and those of {sorted(self.norm_stats)} have none."
             )
+        self._check_embodiments()
+
+    def _check_embodiments(self) -> None:
+        names = self.embodiments
+        if names is None:
+            return
+        are_names = isinstance(names, list) and all(isinstance(name, str) for name in names)
+        if not names or not are_names or len(set(names)) < len(names):
+            raise ValueError(f"`embodiments` must be a list of different names of datasets, or None; got {names!r}.")
 
     def _check_counts(self) -> None:
-        required = ("chunk_size", "num_images", "diffusion_steps")
+        required = ("chunk_size", "num_images", "diffusion_steps", "embodiment_adapter_dim")
         for name in (*required, "action_dim", "proprio_dim", "num_inference_steps", "fast_vocab_size"):
             value = getattr(self, name)
             if (value is not None or name in required) and (type(value) is not int or value < 1):

@@ -23,8 +23,24 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ModelOutput
 from transformers.utils import logging
 
-from .action_codec_openvla import ActionCodec, action_dim, select_row_statistics, select_statistics, unnormalize
-from .action_heads_openvla import FiLM, HeadLinear, InputProjector, ZeroLinear, make_action_head
+from .action_codec_openvla import (
+    ActionCodec,
+    action_dim,
+    embodiment_rows,
+    resolve_row_keys,
+    select_row_statistics,
+    select_statistics,
+    unnormalize,
+)
+from .action_heads_openvla import (
+    EmbodimentAdapter,
+    EmbodimentEmbedding,
+    FiLM,
+    HeadLinear,
+    InputProjector,
+    ZeroLinear,
+    make_action_head,
+)
 from .configuration_openvla import (
     HUB_LOAD_ARGUMENTS,
     HUB_PUSH_ARGUMENTS,
@@ -58,6 +74,7 @@ UNQUANTIZED_MODULES = [
     "action_head",
     "proprio_projector",
     "noisy_action_projector",
+    "embodiment_adapter",
 ]
 
 
@@ -324,6 +341,8 @@ class OpenVLAPreTrainedModel(PreTrainedModel):
             nn.init.zeros_(module.bias)
         elif isinstance(module, LayerScale):
             nn.init.ones_(module.scale_factor)
+        elif isinstance(module, EmbodimentEmbedding):
+            nn.init.normal_(module.weight)
         elif isinstance(module, (VisionTower, AttentionPool)):
             for parameter in module.parameters(recurse=False):
                 nn.init.normal_(parameter, mean=0.0, std=std)
@@ -351,6 +370,10 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         self.proprio_projector = InputProjector(config.proprio_dim, text_dim) if config.use_proprio else None
         self.noisy_action_projector = InputProjector(1, text_dim) if config.is_denoising else None
         self.action_head = make_action_head(config)
+        self.embodiment_adapter = None
+        if config.embodiments is not None:
+            size = config.embodiment_adapter_dim
+            self.embodiment_adapter = EmbodimentAdapter(text_dim, size, len(config.embodiments))
         # The default dtype is the one asked of `from_pretrained`; text_config may carry another.
         self.language_model = AutoModelForCausalLM.from_config(config.text_config, dtype=torch.get_default_dtype())
         self.codec = ActionCodec.from_config(config)
@@ -546,6 +569,8 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         action_is_pad: torch.BoolTensor | None = None,
         noise: torch.FloatTensor | None = None,
         time: torch.FloatTensor | None = None,
+        embodiment: torch.LongTensor | None = None,
+        action_dims: torch.LongTensor | None = None,
         **kwargs,
     ) -> OpenVLAOutput | tuple:
         """
@@ -553,20 +578,19 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
 
         Args:
             input_ids (`torch.LongTensor`): (B, L), or (B, T) with placeholders.
-            attention_mask (`torch.Tensor`): The same shape, 0 at padding on either side. By default, with an image,
-                everything but the padding token.
+            attention_mask (`torch.Tensor`): The same shape, 0 at padding. Default with an image: at `pad_token_id`.
             pixel_values (`torch.FloatTensor`): (B, images * towers * 3, S, S).
             labels (`torch.LongTensor`): The shape of `input_ids`; -100 where nothing is to be predicted.
             inputs_embeds (`torch.FloatTensor`): (B, T, H) instead of `input_ids`, image included.
             logits_to_keep (`int` or `torch.Tensor`): The last positions, or the positions, whose logits are returned;
                 0: all. Without it: the supervised positions if there are labels, else all.
             proprio (`torch.FloatTensor`): (B, proprio_dim), the normalised state, with `use_proprio`.
+            embodiment (`torch.LongTensor`): (B,), each row's place in `config.embodiments`, if it has any.
             actions (`torch.FloatTensor`): (B, K, D), the normalised actions that a head on the hidden states learns.
                 Their tokens are in `labels` all the same, to say where they are.
-            action_is_pad (`torch.BoolTensor`): (B, K), actions that count neither in the loss nor as items of a batch.
-                A FAST token speaks of several actions at once: with `head_type="fast"` all are learned.
-            noise, time (`torch.FloatTensor`): (B, K, D) and (B,), what the `diffusion` and `flow` heads corrupt the
-                actions with. Drawn by default.
+            action_is_pad (`torch.BoolTensor`): (B, K), what counts neither in the loss nor as items; FAST tokens do.
+            action_dims (`torch.LongTensor`): (B,), numbers in each row's actions; what pads them counts neither.
+            noise, time (`torch.FloatTensor`): (B, K, D) and (B,), of the `diffusion` and `flow` heads. Default: drawn.
 
         Returns:
             [`OpenVLAOutput`], or a tuple with `return_dict=False`.
@@ -577,11 +601,10 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
         self._check_forms(input_ids, inputs_embeds, pixel_values, position_ids)
         if pixel_values is not None:
-            attention_mask = self._mask_where_padded(input_ids, attention_mask)
             input_ids, attention_mask, labels = self._expand_image(input_ids, pixel_values, attention_mask, labels)
-        is_action, learned = self._action_positions(labels), self._without_padding(labels, action_is_pad)
-        noisy, target, time = self._head_inputs(actions, is_action, noise, time)
-        features = self._observe(input_ids, attention_mask, is_action, pixel_values, proprio)
+        is_action, learned = self._action_positions(labels), self._without_padding(labels, action_is_pad, action_dims)
+        noisy, target, time = self._head_inputs(actions, is_action, noise, time, action_dims)
+        features = self._observe(input_ids, attention_mask, is_action, pixel_values, proprio, embodiment)
         if inputs_embeds is None:
             inputs_embeds = self._embed(input_ids, self._with_time(features, time))
         inputs_embeds = self._place_actions(inputs_embeds, is_action, noisy)
@@ -601,10 +624,9 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
             loss, logits = self._logits_and_loss(hidden, labels, learned, logits_to_keep, num_items_in_batch)
         else:
             predictions = self.action_head(_in_front_of(hidden, is_action))  # (B, K, D)
-            loss = self._head_loss(predictions, target, action_is_pad, learned, num_items_in_batch)
+            loss = self._head_loss(predictions, target, action_is_pad, action_dims, learned, num_items_in_batch)
         kept = {name: outputs.get(name) for name in ("past_key_values", "hidden_states", "attentions")}
-        if output_projector_features or config.output_projector_states:
-            kept["projector_features"] = features
+        kept["projector_features"] = features if output_projector_features or config.output_projector_states else None
         output = OpenVLAOutput(loss=loss, logits=logits, head_predictions=predictions, **kept)
         return output if (config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
@@ -634,8 +656,9 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
 
         Args:
             input_ids (`torch.LongTensor`): (B, L), padded on either side.
-            unnorm_key (`str` or `list[str]`, *optional*): Dataset whose statistics scale the action, one for all rows
-                or one per row. May be left out where there is only one.
+            unnorm_key (`str` or `list[str]`, *optional*): Dataset whose statistics scale the action and whose robot
+                is driven (`embodiments`), one for all rows or one per row. May be left out where there is only one.
+                The actions of all rows must be of one dimension.
             pixel_values (`torch.FloatTensor`): (B, images * towers * 3, S, S).
             attention_mask (`torch.Tensor`, *optional*): (B, L). By default, everything but the padding token.
             proprio (`torch.FloatTensor`): (B, proprio_dim), the normalised state, with `use_proprio`.
@@ -651,14 +674,15 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
             `chunk_size` above 1 (K, D) and (B, K, D). Or an [`OpenVLAActionOutput`].
 
         Raises:
-            ValueError: On an unknown `unnorm_key`, an empty batch, pixel values or a state that are not finite, or a
-                FAST tokenizer that is not there.
+            ValueError: On an unknown `unnorm_key`, rows that differ in action dimension, an empty batch, pixel values
+                or a state that are not finite, or a FAST tokenizer that is not there.
             FloatingPointError: If the logits, or the actions of a head, are not finite.
         """
         sampling = SamplingParams(do_sample, temperature, top_k, top_p, generator)
         input_ids, attention_mask = self._complete_prompt(input_ids, attention_mask)
         statistics = select_row_statistics(self.norm_stats, unnorm_key, len(input_ids))
         size = self._action_dim(statistics[0])
+        embodiment = self._embodiments_of(unnorm_key, len(input_ids))
         if self.training and any(getattr(module, "gradient_checkpointing", False) for module in self.modules()):
             raise ValueError("`predict_action` needs a cache, which gradient checkpointing turns off: call `eval()`.")
         for name, values in (("pixel_values", pixel_values), ("proprio", proprio)):
@@ -667,17 +691,18 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         token_ids = logits = None
         if self.config.attention_mode == "causal":
             token_ids, logits = self._predict_one_by_one(
-                input_ids, attention_mask, pixel_values, proprio, self.config.chunk_size * size, sampling
+                input_ids, attention_mask, pixel_values, proprio, embodiment, self.config.chunk_size * size, sampling
             )
         else:
             self._check_attention_once()
-            inputs = self._parallel_inputs(input_ids, attention_mask, pixel_values, proprio, size)
+            width = size if self.action_head is None else self.config.action_dim
+            inputs = self._parallel_inputs(input_ids, attention_mask, pixel_values, proprio, embodiment, width)
             if self.action_head is None:
                 token_ids, logits = self._predict_tokens(inputs, sampling)
             else:
-                normalized = self._predict_with_head(inputs, num_inference_steps, noise, generator)
+                normalized = self._predict_with_head(inputs, size, num_inference_steps, noise, generator)
         if self.config.head_type == "fast":
-            normalized = self._decode_fast_ids(token_ids)
+            normalized = self._decode_fast_ids(token_ids, size)
         elif token_ids is not None:
             normalized = self.codec.decode(token_ids.cpu().numpy())  # (B, K * D)
         return self._action_output(normalized, statistics, token_ids, logits, return_dict)
@@ -714,6 +739,7 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         attention_mask: torch.Tensor,
         pixel_values: torch.FloatTensor,
         proprio: torch.FloatTensor | None,
+        embodiment: torch.LongTensor | None,
         num_values: int,
         sampling: SamplingParams,
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -722,17 +748,18 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         if is_fast and self.fast_tokenizer is None:
             raise ValueError("The policy speaks in FAST tokens and has no tokenizer: assign `model.fast_tokenizer`.")
         input_ids, attention_mask, _ = self._expand_image(input_ids, pixel_values, attention_mask)
-        inputs_embeds = self._embed(input_ids, self._observe(input_ids, attention_mask, None, pixel_values, proprio))
+        features = self._observe(input_ids, attention_mask, None, pixel_values, proprio, embodiment)
+        inputs_embeds = self._embed(input_ids, features)
         prompt = (self.language_model, self.config, inputs_embeds, attention_mask)
         if is_fast:
             return decode_fast_tokens(*prompt, self.fast_tokenizer.grammar, num_symbols=num_values, sampling=sampling)
         return decode_action_tokens(*prompt, num_tokens=num_values, sampling=sampling)
 
-    def _decode_fast_ids(self, token_ids: torch.Tensor) -> np.ndarray:
+    def _decode_fast_ids(self, token_ids: torch.Tensor, action_dim: int) -> np.ndarray:
         """Normalised actions (B, K * D) of FAST tokens (B, S)."""
         config = self.config
         rows = [ids_to_tokens(row, config.action_token_end, config.stop_token_id) for row in token_ids.tolist()]
-        return self.fast_tokenizer.decode(rows, config.chunk_size, config.action_dim).reshape(len(rows), -1)
+        return self.fast_tokenizer.decode(rows, config.chunk_size, action_dim).reshape(len(rows), -1)
 
     def _parallel_inputs(
         self,
@@ -740,6 +767,7 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         attention_mask: torch.Tensor,
         pixel_values: torch.FloatTensor,
         proprio: torch.FloatTensor | None,
+        embodiment: torch.LongTensor | None,
         action_dim: int,
     ) -> dict[str, torch.Tensor]:
         """What one pass over the prompt, all actions and the stop token needs; see `_parallel_hidden`."""
@@ -751,7 +779,7 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         mask = torch.cat([attention_mask, torch.ones_like(tail, dtype=attention_mask.dtype)], dim=1)
         ids, mask, labels = self._expand_image(torch.cat([input_ids, tail], dim=1), pixel_values, mask, labels)
         is_action = self._action_positions(labels)
-        features = self._observe(ids, mask, is_action, pixel_values, proprio)
+        features = self._observe(ids, mask, is_action, pixel_values, proprio, embodiment)
         return {"input_ids": ids, "attention_mask": mask, "is_action": is_action, "features": features}
 
     def _parallel_hidden(
@@ -783,11 +811,12 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
     def _predict_with_head(
         self,
         inputs: dict[str, torch.Tensor],
+        action_dim: int,
         num_inference_steps: int | None,
         noise: torch.Tensor | None,
         generator: torch.Generator | None,
     ) -> np.ndarray:
-        """Normalised actions, float64 (B, K * D)."""
+        """Normalised actions of so many numbers, float64 (B, K * action_dim)."""
         config, head = self.config, self.action_head
         device = inputs["features"].device
         if not config.is_denoising:
@@ -800,12 +829,14 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
                 noise = torch.randn(shape, generator=generator, device=generator.device if generator else device)
             _check_shape("noise", noise, shape)
             sample = noise.to(device, torch.float32)
+            is_own = torch.arange(config.action_dim, device=device) < action_dim  # (D,)
             default = config.diffusion_steps if config.head_type == "diffusion" else 10
             num_steps = num_inference_steps or config.num_inference_steps or default
             for time, next_time in head.schedule(num_steps):
                 level = torch.full((len(sample),), time, device=device)
-                prediction = head(self._parallel_hidden(**inputs, noisy=sample, time=level))
+                prediction = head(self._parallel_hidden(**inputs, noisy=sample * is_own, time=level))
                 sample = head.step(prediction, sample, time, next_time)
+        sample = sample[..., :action_dim]
         check_finite(sample, "actions")
         return sample.flatten(1).double().cpu().numpy()
 
@@ -840,12 +871,22 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         return OpenVLAActionOutput(actions, normalized, token_ids, probabilities, entropy)
 
     def _action_dim(self, statistics: dict) -> int:
+        """Numbers of this dataset's actions, which may be fewer than the policy's if those of another are as many."""
         size, expected = action_dim(statistics), self.config.action_dim
-        if expected not in (None, size):
+        is_known = any(action_dim(each) == expected for each in self.norm_stats.values())
+        if expected is not None and (size > expected or not is_known):
             raise ValueError(
-                f"The policy's actions are of {expected} numbers (`action_dim`), the statistics of {size}."
+                f"The policy's actions are of {expected} numbers (`action_dim`), the statistics of {size}. Those of a "
+                f"robot with fewer are padded where the statistics hold a robot with {expected}, too."
             )
         return size
+
+    def _embodiments_of(self, unnorm_key: str | Sequence[str] | None, batch_size: int) -> torch.LongTensor | None:
+        """Number of each row's robot, (B,); `None` without the adapter."""
+        if self.config.embodiments is None:
+            return None
+        keys = resolve_row_keys(self.norm_stats, unnorm_key, batch_size)
+        return torch.tensor(embodiment_rows(self.config.embodiments, keys))
 
     @torch.no_grad()
     def generate(
@@ -898,6 +939,7 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         inputs_embeds: torch.FloatTensor | None = None,
         pixel_values: torch.FloatTensor | None = None,
         proprio: torch.FloatTensor | None = None,
+        embodiment: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         **kwargs,
     ) -> dict:
@@ -910,6 +952,7 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         if is_prefill:
             model_inputs["pixel_values"] = pixel_values
             model_inputs["proprio"] = proprio
+            model_inputs["embodiment"] = embodiment
         return model_inputs
 
     def get_action_dim(self, unnorm_key: str | None = None) -> int:
@@ -962,6 +1005,7 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
     ) -> tuple[torch.LongTensor, torch.Tensor | None, torch.LongTensor | None]:
         """Insert the placeholders behind the first attended token of each row: (B, L) -> (B, L + P)."""
+        attention_mask = self._mask_where_padded(input_ids, attention_mask)
         side, channels = self.config.image_sizes[0], 3 * len(self.config.image_sizes) * self.config.num_images
         if pixel_values.ndim != 4 or pixel_values.shape[1:] != (channels, side, side):
             raise ValueError(
@@ -1020,6 +1064,7 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         is_action: torch.Tensor | None,
         pixel_values: torch.FloatTensor | None,
         proprio: torch.FloatTensor | None,
+        embodiment: torch.LongTensor | None,
     ) -> torch.Tensor | None:
         """Embeddings of the images and, behind them, of the state, (B, images * P [+ 1], H); `None` without images."""
         if pixel_values is None:
@@ -1034,16 +1079,34 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
             weights = is_text / is_text.sum(dim=1, keepdim=True)  # (B, T)
             embeddings = self.get_input_embeddings()(input_ids)  # (B, T, H)
             instruction = torch.einsum("bt,bth->bh", weights, embeddings.float())
-        features = self.get_image_features(pixel_values, instruction)
+        features = self._with_state(self.get_image_features(pixel_values, instruction), proprio)
+        return self._for_embodiment(features, embodiment)
+
+    def _with_state(self, features: torch.Tensor, proprio: torch.FloatTensor | None) -> torch.Tensor:
+        """`features` (B, P, H) with the embedding of the state behind them, for the policies that take one."""
         if not self.config.use_proprio:
             if proprio is not None:
                 raise ValueError("`proprio` was given to a policy with `use_proprio=False`.")
             return features
         if proprio is None:
             raise ValueError("The policy needs `proprio`: pass `state=` to the processor.")
-        _check_shape("proprio", proprio, (len(pixel_values), self.config.proprio_dim))
+        _check_shape("proprio", proprio, (len(features), self.config.proprio_dim))
         state = self.proprio_projector(proprio.to(features.device))[:, None]  # (B, 1, H)
         return torch.cat([features, state.to(features.dtype)], dim=1)
+
+    def _for_embodiment(self, features: torch.Tensor, embodiment: torch.LongTensor | None) -> torch.Tensor:
+        """`features` (B, P, H) as the adapter makes them for each row's robot."""
+        if self.embodiment_adapter is None:
+            if embodiment is not None:
+                raise ValueError("`embodiment` was given to a policy that tells no robots apart (`embodiments=None`).")
+            return features
+        names = self.config.embodiments
+        if embodiment is None:
+            raise ValueError(f"The policy needs `embodiment`, the place of each row's robot in {names}.")
+        _check_shape("embodiment", embodiment, (len(features),))
+        if ((embodiment < 0) | (embodiment >= len(names))).any():
+            raise ValueError(f"`embodiment` must hold places in {names}, got {embodiment.tolist()}.")
+        return self.embodiment_adapter(features, embodiment)
 
     def _with_time(self, features: torch.Tensor | None, time: torch.Tensor | None) -> torch.Tensor | None:
         """`features` with the embedding of the noise level behind them, for the heads that have one."""
@@ -1063,30 +1126,58 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         return self._labelled_actions(labels)
 
     def _labelled_actions(self, labels: torch.LongTensor) -> torch.Tensor:
-        """Where the tokens of a chunk of actions are, bool (B, T), as many in each row."""
+        """Where the tokens of a chunk of actions are, bool (B, T)."""
         is_action = (labels >= self.config.action_token_begin) & (labels < self.config.action_token_end)
         counts, action_dim = is_action.sum(dim=1), self.config.action_dim
-        if (counts % self.config.chunk_size).any() or counts.unique().numel() != 1 or counts[0] == 0:
+        if (counts % self.config.chunk_size).any() or (counts == 0).any():
             raise ValueError(
                 f"Each row needs the action tokens of {self.config.chunk_size} action(s), got {counts.tolist()}."
             )
-        if action_dim is not None and counts[0] != self.config.chunk_size * action_dim:
+        if action_dim is None:
+            return is_action
+        expected = self.config.chunk_size * action_dim
+        # Tokens are as many as the robot has numbers; in front of a head its padding has places, too.
+        if (counts > expected).any() or (self.config.is_continuous and (counts < expected).any()):
             raise ValueError(
                 f"Each row needs {self.config.chunk_size} action(s) of {action_dim} tokens, got {counts.tolist()}."
             )
         return is_action
 
     def _without_padding(
-        self, labels: torch.LongTensor | None, action_is_pad: torch.Tensor | None
+        self,
+        labels: torch.LongTensor | None,
+        action_is_pad: torch.Tensor | None,
+        action_dims: torch.LongTensor | None,
     ) -> torch.LongTensor | None:
-        """What is learned of `labels` (B, T): -100 at the tokens of padded actions, too."""
-        if labels is None or action_is_pad is None or self.config.head_type == "fast":
+        """
+        What is learned of `labels` (B, T): -100 at the tokens of padded actions, and of padded numbers, too. FAST
+        tokens, which are of the whole chunk, are all learned.
+        """
+        is_given = action_is_pad is not None or action_dims is not None
+        if labels is None or not is_given or self.config.head_type == "fast":
             return labels
         is_action = self._labelled_actions(labels)
-        _check_shape("action_is_pad", action_is_pad, (len(labels), self.config.chunk_size))
-        tokens_per_action = int(is_action[0].sum()) // self.config.chunk_size
-        is_pad = action_is_pad.to(labels.device).repeat_interleave(tokens_per_action, dim=1)  # (B, K) -> (B, K * D)
-        return labels.masked_scatter(is_action, labels[is_action].masked_fill(is_pad.flatten(), -100))
+        tokens_per_action = is_action.sum(dim=1, keepdim=True) // self.config.chunk_size  # (B, 1)
+        place = (is_action.cumsum(dim=1) - 1).clamp(min=0)  # (B, T), of a token among those of its row
+        if action_is_pad is not None:
+            _check_shape("action_is_pad", action_is_pad, (len(labels), self.config.chunk_size))
+            is_pad = action_is_pad.to(labels.device).gather(1, place // tokens_per_action)  # (B, T)
+            labels = labels.masked_fill(is_action & is_pad, -100)
+        if action_dims is not None:
+            is_pad = place % tokens_per_action >= self._checked_dims(action_dims, labels)[:, None]
+            labels = labels.masked_fill(is_action & is_pad, -100)
+        return labels
+
+    def _checked_dims(self, action_dims: torch.LongTensor, rows: torch.Tensor) -> torch.LongTensor:
+        """`action_dims` (B,), where `rows` are."""
+        _check_shape("action_dims", action_dims, (len(rows),))
+        if not self.config.is_continuous or not ((action_dims >= 1) & (action_dims <= self.config.action_dim)).all():
+            raise ValueError(
+                f"`action_dims` are for a head on the hidden states and at most `action_dim`; got "
+                f"{action_dims.tolist()} with `head_type={self.config.head_type!r}` and "
+                f"`action_dim={self.config.action_dim}`."
+            )
+        return action_dims.to(rows.device)
 
     def _head_inputs(
         self,
@@ -1094,6 +1185,7 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         is_action: torch.Tensor | None,
         noise: torch.Tensor | None,
         time: torch.Tensor | None,
+        action_dims: torch.LongTensor | None,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         """Noisy actions, the head's target and the noise level, each `None` where there is no such."""
         if self.action_head is None or (actions is None and is_action is None):
@@ -1107,7 +1199,14 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         noise = torch.randn_like(actions, dtype=torch.float32) if noise is None else noise
         time = self.action_head.draw_time(len(actions), actions.device) if time is None else time
         noisy, target = self.action_head.corrupt(actions, noise, time)
+        if action_dims is not None:  # noise that no one learns to remove would be in the way
+            noisy = noisy * self._own_numbers(action_dims, noisy)
         return noisy, target, time
+
+    def _own_numbers(self, action_dims: torch.LongTensor, actions: torch.Tensor) -> torch.Tensor:
+        """Which numbers of `actions` (B, K, D) are no padding, bool (B, 1, D)."""
+        index = torch.arange(self.config.action_dim, device=actions.device)  # (D,)
+        return index < action_dims.to(actions.device)[:, None, None]
 
     def _place_actions(
         self, inputs_embeds: torch.Tensor, is_action: torch.Tensor | None, noisy: torch.Tensor | None
@@ -1188,14 +1287,21 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         predictions: torch.Tensor,
         target: torch.Tensor,
         action_is_pad: torch.Tensor | None,
+        action_dims: torch.LongTensor | None,
         learned: torch.Tensor,
         num_items_in_batch: torch.Tensor | int | None,
     ) -> torch.Tensor:
         """The head's loss, times this batch's share of the tokens that the `Trainer` accumulates over."""
-        if action_is_pad is not None:
+        target = target.to(predictions.device)
+        if action_dims is not None:
+            kept = self._own_numbers(action_dims, predictions).expand_as(predictions)  # (B, K, D)
+            if action_is_pad is not None:
+                kept = kept & ~action_is_pad.to(predictions.device)[..., None]
+            predictions, target = predictions[kept], target[kept]
+        elif action_is_pad is not None:
             kept = ~action_is_pad.to(predictions.device)  # (B, K)
             predictions, target = predictions[kept], target[kept]
-        loss = self.action_head.loss(predictions, target.to(predictions.device))
+        loss = self.action_head.loss(predictions, target)
         if num_items_in_batch is None:
             return loss
         return loss * ((learned != -100).sum() / num_items_in_batch).to(loss.device)

@@ -23,9 +23,12 @@ from .action_codec_openvla import (
     STATISTICS_BOUNDS,
     ActionCodec,
     action_dim,
+    embodiment_rows,
     normalize,
+    resolve_row_keys,
     select_row_statistics,
     unnormalize,
+    widest,
 )
 from .configuration_openvla import (
     HUB_LOAD_ARGUMENTS,
@@ -447,7 +450,7 @@ class OpenVLAProcessor(ProcessorMixin):
             without added tokens.
         closing_token_id (`int`, `None` or `"auto"`): Token that ends the prompt; `"auto"`: the tokenizer's lone
             "▁", or none where it has no such piece.
-        head_type, chunk_size, num_images, use_proprio, append_stop_token: As in [`OpenVLAConfig`].
+        head_type, chunk_size, num_images, use_proprio, append_stop_token, embodiments: As in [`OpenVLAConfig`].
         fast_scale, fast_min_token: As in [`OpenVLAConfig`]; they follow the `fast_tokenizer` that is assigned.
     """
 
@@ -469,6 +472,7 @@ class OpenVLAProcessor(ProcessorMixin):
         num_images: int = 1,
         use_proprio: bool = False,
         append_stop_token: bool = True,
+        embodiments: list[str] | None = None,
         fast_scale: float | None = None,
         fast_min_token: int | None = None,
     ):
@@ -485,6 +489,7 @@ class OpenVLAProcessor(ProcessorMixin):
         self.num_images = num_images
         self.use_proprio = use_proprio
         self.append_stop_token = append_stop_token
+        self.embodiments = embodiments
         self.fast_scale = fast_scale
         self.fast_min_token = fast_min_token
         self._fast_tokenizer: FastTokenizer | None = None
@@ -672,7 +677,8 @@ class OpenVLAProcessor(ProcessorMixin):
             state (`np.ndarray`): The robot's state, (P,) or (B, P), in the units of the dataset; with `use_proprio`.
             actions (`np.ndarray`): With `instruction`, the actions to learn, (D,) or (B, D) in the units of the
                 dataset, with `chunk_size` above 1 (K, D) or (B, K, D). Their tokens and the stop token follow the
-                prompt, and `labels` are returned.
+                prompt, and `labels` are returned. States and actions of robots that differ in P or D are lists of B
+                arrays.
             unnorm_key (`str` or `list[str]`): Dataset whose statistics normalise `state` and `actions`.
             padding, truncation, max_length, return_tensors: As in the tokenizer. A batch of instructions is padded
                 by default, and never truncated.
@@ -682,7 +688,9 @@ class OpenVLAProcessor(ProcessorMixin):
         Returns:
             `BatchFeature`: `input_ids` and `attention_mask` (B, L), `pixel_values` (B, images * towers * 3, S, S) with
             `images`, `proprio` (B, P) with `state`, and `labels` (B, L) with `actions`. For a head on the hidden
-            states also the normalised `actions`, float32 (B, K, D).
+            states also the normalised `actions`, float32 (B, K, D), and, where robots in the statistics differ in D,
+            `action_dims` (B,): D is then that of the widest, and 0 stands behind the numbers of the others, as in
+            `proprio`. For a policy that tells robots apart also `embodiment` (B,).
 
         Raises:
             ValueError: On an empty instruction, numbers of texts, images, states and actions that differ, or a state
@@ -727,12 +735,12 @@ class OpenVLAProcessor(ProcessorMixin):
         coincide become 0, as where they never change in training.
 
         Args:
-            state: (P,) or (B, P), in the units of the dataset.
+            state: (P,) or (B, P), in the units of the dataset; a list of (P,) for robots that differ in P.
             unnorm_key (`str` or `list[str]`, *optional*): Dataset, or one per row.
             batch_size (`int`, *optional*): Rows that are expected.
 
         Returns:
-            `np.ndarray`: float32 (B, P).
+            `np.ndarray`: float32 (B, P), P that of the widest dataset of the statistics, 0 behind the others.
 
         Raises:
             ValueError: If the policy takes no state, the state is not finite or of another shape, or the statistics
@@ -740,14 +748,15 @@ class OpenVLAProcessor(ProcessorMixin):
         """
         if not self.use_proprio:
             raise ValueError("`state` was given to the processor of a policy that takes none (`use_proprio=False`).")
-        values = np.atleast_2d(np.asarray(state, dtype=np.float64))
-        if values.ndim != 2 or len(values) != (batch_size or len(values)):
-            raise ValueError(f"`state` must be of shape (P,) or ({batch_size or 'B'}, P), got {np.shape(state)}.")
-        if not np.isfinite(values).all():
-            raise ValueError(f"`state` must be finite, got {values.tolist()}.")
-        statistics = select_row_statistics(self.norm_stats, unnorm_key, len(values))
-        rows = [_normalized_state(row, each, self.norm_type) for row, each in zip(values, statistics, strict=True)]
-        return np.stack(rows).astype(np.float32)
+        rows = _ragged_rows(state) or list(np.atleast_2d(np.asarray(state, dtype=np.float64)))
+        if any(row.ndim != 1 for row in rows) or len(rows) != (batch_size or len(rows)):
+            shapes = [row.shape for row in _ragged_rows(state)] or np.shape(state)
+            raise ValueError(f"`state` must be of shape (P,) or ({batch_size or 'B'}, P), got {shapes}.")
+        if not all(np.isfinite(row).all() for row in rows):
+            raise ValueError(f"`state` must be finite, got {[row.tolist() for row in rows]}.")
+        statistics = [self.norm_stats[key] for key in resolve_row_keys(self.norm_stats, unnorm_key, len(rows))]
+        rows = [_normalized_state(row, each, self.norm_type) for row, each in zip(rows, statistics, strict=True)]
+        return _pad_numbers(rows, widest(self.norm_stats, "proprio")).astype(np.float32)
 
     def decode_actions(
         self,
@@ -817,15 +826,16 @@ class OpenVLAProcessor(ProcessorMixin):
         normalized = self.normalize_actions(actions, unnorm_key)
         if self.head_type != "fast":
             return self.codec.encode(normalized).reshape(np.shape(actions))
+        self._check_chunk_size(normalized)
         rows = self._encode_normalized(normalized)
         return rows[0] if np.ndim(actions) == 2 else rows
 
-    def _encode_normalized(self, normalized: np.ndarray) -> list[list[int]]:
-        """Ids of the action tokens of each action or chunk in (B, K, D)."""
+    def _encode_normalized(self, chunks: Sequence[np.ndarray]) -> list[list[int]]:
+        """Ids of the action tokens of each chunk (K, D)."""
         if self.head_type != "fast":
-            return self.codec.encode(normalized).reshape(len(normalized), -1).tolist()
-        self._check_chunk_size(normalized)
-        rows = self._require_fast_tokenizer().encode(normalized)
+            return [self.codec.encode(chunk).flatten().tolist() for chunk in chunks]
+        tokenizer = self._require_fast_tokenizer()
+        rows = [tokenizer.encode(chunk[None])[0] for chunk in chunks]
         return [tokens_to_ids(row, self.action_token_end) for row in rows]
 
     def _decode_fast_actions(
@@ -883,23 +893,34 @@ class OpenVLAProcessor(ProcessorMixin):
         Raises:
             ValueError: If the actions are of another shape, or there are no statistics of the dataset.
         """
-        actions = np.asarray(actions, dtype=np.float64)
-        if self.chunk_size == 1 and actions.ndim in (1, 2):
-            chunks = np.atleast_2d(actions)[:, None]  # (B, 1, D)
-        elif self.chunk_size > 1 and actions.ndim == 2:
-            chunks = actions[None]  # (1, K, D)
-        elif self.chunk_size > 1 and actions.ndim == 3:
-            chunks = actions
-        else:
-            expected = "(D,) or (B, D)" if self.chunk_size == 1 else "(K, D) or (B, K, D)"
-            raise ValueError(f"Actions must be of shape {expected}, got {actions.shape}.")
-        statistics = select_row_statistics(self.norm_stats, unnorm_key, len(chunks))
-        rows = [normalize(row, each["action"], self.norm_type) for row, each in zip(chunks, statistics, strict=True)]
+        rows = self._normalized_chunks(actions, unnorm_key)
+        select_row_statistics(self.norm_stats, unnorm_key, len(rows))  # of one dimension
         return np.stack(rows)
 
-    def _check_chunk_size(self, normalized: np.ndarray) -> None:
-        if normalized.shape[1] != self.chunk_size:
-            raise ValueError(f"Chunks of {self.chunk_size} actions are learned, got {normalized.shape[1]}.")
+    def _normalized_chunks(
+        self, actions: np.ndarray | Sequence, unnorm_key: str | Sequence[str] | None
+    ) -> list[np.ndarray]:
+        """float64 (K, D) of each row; see `normalize_actions`. Rows may differ in D."""
+        chunks = self._chunks_of(actions)
+        statistics = [self.norm_stats[key] for key in resolve_row_keys(self.norm_stats, unnorm_key, len(chunks))]
+        return [normalize(row, each["action"], self.norm_type) for row, each in zip(chunks, statistics, strict=True)]
+
+    def _chunks_of(self, actions: np.ndarray | Sequence) -> list[np.ndarray]:
+        """float64 (K, D) of each row."""
+        rows = _ragged_rows(actions)
+        if not rows:
+            array = np.asarray(actions, dtype=np.float64)
+            is_batch = array.ndim == (2 if self.chunk_size == 1 else 3)
+            rows = list(array) if is_batch else [array]
+        if any(row.ndim != (1 if self.chunk_size == 1 else 2) for row in rows):
+            expected = "(D,) or (B, D)" if self.chunk_size == 1 else "(K, D) or (B, K, D)"
+            shapes = [row.shape for row in _ragged_rows(actions)] or np.shape(actions)
+            raise ValueError(f"Actions must be of shape {expected}, got {shapes}.")
+        return [np.atleast_2d(row) for row in rows]
+
+    def _check_chunk_size(self, chunks: Sequence[np.ndarray]) -> None:
+        if wrong := [len(chunk) for chunk in chunks if len(chunk) != self.chunk_size]:
+            raise ValueError(f"Chunks of {self.chunk_size} actions are learned, got {wrong[0]}.")
 
     def _encode_instructions(
         self,
@@ -922,14 +943,16 @@ class OpenVLAProcessor(ProcessorMixin):
         targets = [[] for _ in rows]
         numbers = {}
         if actions is not None:
-            normalized = self.normalize_actions(actions, unnorm_key)  # (B, K, D)
-            if len(normalized) != len(rows):
-                raise ValueError(f"{len(rows)} instructions and {len(normalized)} actions were given.")
-            self._check_chunk_size(normalized)
+            chunks = self._normalized_chunks(actions, unnorm_key)  # B of (K, D)
+            if len(chunks) != len(rows):
+                raise ValueError(f"{len(rows)} instructions and {len(chunks)} actions were given.")
+            self._check_chunk_size(chunks)
+            chunks, numbers = self._head_targets(chunks)
+            if self.embodiments is not None:
+                keys = resolve_row_keys(self.norm_stats, unnorm_key, len(rows))
+                numbers["embodiment"] = np.array(embodiment_rows(self.embodiments, keys))
             stop = [self.tokenizer.eos_token_id] if self.append_stop_token else []
-            targets = [[*ids, *stop] for ids in self._encode_normalized(normalized)]
-            if self.head_type not in ("tokens", "fast"):
-                numbers = {"actions": normalized.astype(np.float32)}
+            targets = [[*ids, *stop] for ids in self._encode_normalized(chunks)]
 
         labels = [[-100] * len(row) + target for row, target in zip(rows, targets, strict=True)]
         rows = [row + target for row, target in zip(rows, targets, strict=True)]
@@ -944,6 +967,16 @@ class OpenVLAProcessor(ProcessorMixin):
             name: [_pad_row(row, fill, width, self.tokenizer.padding_side) for row in column]
             for name, (column, fill) in columns.items()
         } | numbers
+
+    def _head_targets(self, chunks: list[np.ndarray]) -> tuple[list[np.ndarray], dict[str, np.ndarray]]:
+        """Normalised chunks as wide as a head on the hidden states, and what it learns of them; tokens are as wide."""
+        if self.head_type in ("tokens", "fast"):
+            return chunks, {}
+        padded = _pad_numbers(chunks, widest(self.norm_stats, "action"))  # (B, K, D)
+        numbers = {"actions": padded.astype(np.float32)}
+        if len({action_dim(statistics) for statistics in self.norm_stats.values()}) > 1:
+            numbers["action_dims"] = np.array([chunk.shape[-1] for chunk in chunks])
+        return list(padded), numbers
 
     def _check_frame(self, prompts: list[str]) -> None:
         start, _, end = PROMPT_TEMPLATES[self.prompt_style].partition("{instruction}")
@@ -973,6 +1006,18 @@ def _normalized_state(state: np.ndarray, statistics: dict, norm_type: str) -> np
     return np.where(is_constant, 0.0, normalized)
 
 
+def _ragged_rows(values: Any) -> list[np.ndarray]:
+    """float64 arrays of a list of arrays that differ in shape, as of several robots; nothing for anything else."""
+    if not isinstance(values, (list, tuple)) or len({np.shape(row) for row in values}) < 2:
+        return []
+    return [np.asarray(row, dtype=np.float64) for row in values]
+
+
+def _pad_numbers(rows: Sequence[np.ndarray], width: int) -> np.ndarray:
+    """Rows (..., D) stacked, with zeros behind the numbers of those that have fewer than `width`."""
+    return np.stack([np.pad(row, [(0, 0)] * (row.ndim - 1) + [(0, width - row.shape[-1])]) for row in rows])
+
+
 _SETTINGS = (
     "prompt_style",
     "norm_type",
@@ -984,6 +1029,7 @@ _SETTINGS = (
     "num_images",
     "use_proprio",
     "append_stop_token",
+    "embodiments",
     "fast_scale",
     "fast_min_token",
 )

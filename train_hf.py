@@ -137,6 +137,14 @@ def asked_changes(arguments: ModelArguments) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value is not None}
 
 
+def list_embodiments(arguments: ModelArguments, config: PretrainedConfig, names: Sequence[str]) -> list[str] | None:
+    """The robots that the policy will tell apart: those that it knows, and behind them new ones of these names."""
+    known, is_wanted = config.embodiments or [], arguments.use_embodiment_adapter
+    if is_wanted is False or (is_wanted is None and not known):
+        return None
+    return known + [name for name in names if name not in known]
+
+
 def complete_changes(
     changes: dict[str, Any], config: PretrainedConfig, action_dim: int, proprio_dim: int | None
 ) -> dict[str, Any]:
@@ -147,7 +155,7 @@ def complete_changes(
     Args:
         changes (`dict[str, Any]`): From [`asked_changes`], with the fields of a FAST tokenizer that there is already.
         config (`PretrainedConfig`): As it was saved.
-        action_dim (`int`), proprio_dim (`int`, *optional*): Of the datasets.
+        action_dim (`int`), proprio_dim (`int`, *optional*): Of the widest dataset.
 
     Raises:
         ValueError: If the policy takes the state, and there is none.
@@ -156,8 +164,8 @@ def complete_changes(
     widths: dict[str, Any] = {}
     if after["use_proprio"] and proprio_dim is None:
         raise ValueError(
-            "The policy takes the robot's state (`use_proprio`), and the first dataset has none: say which columns it "
-            "is with `state` in the dataset's description (--dataset_configs)."
+            "The policy takes the robot's state (`use_proprio`), and a dataset has none: say which columns it is "
+            "with `state` in the dataset's description (--dataset_configs)."
         )
     if after["head_type"] != "tokens" and config.action_dim is None:
         widths["action_dim"] = action_dim
@@ -279,12 +287,15 @@ def check_output_dir(output_dir: str) -> None:
 def check_action_dimensions(model: PreTrainedModel, statistics: dict[str, dict]) -> None:
     """
     Raises:
-        ValueError: If a dataset's actions are of another dimension than those of the policy.
+        ValueError: If the widest of the datasets' actions are of another dimension than those of the policy, or
+            datasets that are to be spoken of in FAST tokens differ.
     """
     expected = getattr(model.config, "action_dim", None)
     sizes = {name: len(each["action"]["q01"]) for name, each in statistics.items()}
-    if expected is not None and set(sizes.values()) != {expected}:
+    if expected is not None and max(sizes.values()) != expected:
         raise ValueError(f"The policy's actions have {expected} dimensions, those of the datasets {sizes}.")
+    if getattr(model.config, "head_type", None) == "fast" and len(set(sizes.values())) > 1:
+        raise ValueError(f"FAST tokens are learned of actions of one dimension, those of the datasets have {sizes}.")
 
 
 def check_judging(flag: str, packages: Sequence[str], training: OpenVLATrainingArguments) -> None:
@@ -345,15 +356,21 @@ def set_up(
     if fast_tokenizer is not None:
         changes |= fast_tokenizer.config_fields
     parts = open_parts(data_arguments, changes.get("num_images", config.num_images))
+    names = [part.source.name for part in parts]
+    embodiments = list_embodiments(model_arguments, config, names)
+    # Robots that the policy has learned to drive before keep their statistics.
+    known = {name: config.norm_stats[name] for name in embodiments or [] if name in config.norm_stats.keys() - names}
+    if embodiments != config.embodiments:
+        changes["embodiments"] = embodiments
     if changes:
-        changes = complete_changes(changes, config, *measure_widths(parts[0]))
+        changes = complete_changes(changes, config, *measure_widths(parts, known))
     model, processor, saved_dtype = load_model(model_arguments, changes)
     if head_type in ("diffusion", "flow") and data_arguments.validation_episodes:
         check_judging(f"Validation of a {head_type!r} head (--validation_episodes)", (), training)
     statistics = prepare_statistics(parts, data_arguments, training, checkpoint)
     base_model = model.get_base_model() if model_arguments.use_peft else model
-    base_model.norm_stats = processor.norm_stats = statistics
-    check_action_dimensions(model, statistics)
+    base_model.norm_stats = processor.norm_stats = {**known, **statistics}
+    check_action_dimensions(model, processor.norm_stats)
     if head_type == "fast":
         if checkpoint is None:
             known = processor.fast_tokenizer if fast_tokenizer is None else fast_tokenizer
@@ -385,6 +402,7 @@ def set_up(
         dtype=saved_dtype,
         repo_id=training.hub_model_id or Path(training.output_dir).resolve().name,
         datasets=[split_weight(text)[0] for text in data_arguments.dataset or []],
+        names=names,
         settings=card_settings(model_arguments, data_arguments, training),
     )
     callbacks, rollouts = make_judges(base_model, processor, data, data_arguments, training)

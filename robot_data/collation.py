@@ -45,12 +45,13 @@ class Collator:
     def __call__(self, steps: list[Step]) -> dict[str, torch.Tensor]:
         """
         Args:
-            steps (`list[Step]`): B steps with chunks of the policy's length, and actions of one dimension.
+            steps (`list[Step]`): B steps with chunks of the policy's length; robots may differ in action dimension.
 
         Returns:
             `dict`: `input_ids`, `attention_mask` and `labels` (B, L); `pixel_values` (B, images * C, S, S);
             `action_is_pad` bool (B, K); where the policy takes the state, `proprio` (B, P); for a head on the hidden
-            states, the normalised `actions` float32 (B, K, D). Padding is on the processor's side, no longer than the
+            states, the normalised `actions` float32 (B, K, D), and `action_dims` (B,) where robots differ in D; where
+            the policy tells robots apart, `embodiment` (B,). Padding is on the processor's side, no longer than the
             longest row asks for. Labels are -100 outside the tokens of the actions, which say where the actions are,
             of padded ones as well, and the stop token. FAST tokens are of another number in each row.
 
@@ -58,15 +59,15 @@ class Collator:
             ValueError: If a picture or a state is missing, a picture cannot be decoded or a chunk has another length,
                 naming the step; or if the processor holds no statistics of a step's dataset.
         """
-        chunks = np.stack([self._chunk(step) for step in steps])  # (B, K, D)
+        chunks = [self._chunk(step) for step in steps]  # B of (K, D)
         batch = self.processor(
             instruction=[step.instruction for step in steps],
             images=[self._pictures(step) for step in steps],
             padding=True,
             do_center_crop=self.augmentation is None,
-            actions=chunks if self.processor.chunk_size > 1 else chunks[:, 0],
+            actions=chunks if self.processor.chunk_size > 1 else [chunk[0] for chunk in chunks],
             unnorm_key=[step.dataset for step in steps],
-            **({"state": np.stack([_state(step) for step in steps])} if self.processor.use_proprio else {}),
+            **({"state": [_state(step) for step in steps]} if self.processor.use_proprio else {}),
         )
         if not self.predict_stop_token or self.processor.head_type not in ("tokens", "fast"):
             is_stop = batch["labels"] == self.processor.tokenizer.eos_token_id

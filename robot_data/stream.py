@@ -156,11 +156,6 @@ class _Reader:
             self._marks.popleft()
         return step
 
-    def peek(self) -> Step:
-        """The next step, which stays."""
-        self._fill()
-        return self._waiting[0][2]
-
     def _fill(self) -> None:
         """Read until no step that is still to be read can be due before the first one that waits."""
         while not self._waiting or (self._episodes is not None and self._waiting[0][0] > self._step):
@@ -390,19 +385,8 @@ class StepStream(IterableDataset):
                 zip(self.parts, self.probabilities, self._sources, strict=True)
             )
         ]
-        self._check_widths([reader.peek().action.shape[1] for reader in readers])
         start = int(_generator(self.seed, _CHOICES, consumer).integers(2**64, dtype=np.uint64))
         return readers, Choices(self.probabilities, start)
-
-    def _check_widths(self, widths: list[int]) -> None:
-        names = [part.source.name for part in self.parts]
-        for name, width in zip(names, widths, strict=True):
-            if width != widths[0]:
-                raise ValueError(
-                    f"Actions of {names[0]} have {widths[0]} numbers, those of {name} have {width}: they do not go "
-                    "into one batch. Choose the same numbers with `action` in the datasets' descriptions, or train on "
-                    "one of them."
-                )
 
     # State
 

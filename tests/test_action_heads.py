@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY_POLICY
-from load_policy import load_policy, repository_class
+from load_policy import PROCESSOR_FIELDS, load_policy, repository_class
 from PIL import Image
 from transformers import AttentionInterface, Trainer, TrainingArguments
 
@@ -60,9 +60,8 @@ def make_policy(**overrides):
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=1.0 if "embed_tokens" in name else parameter[0].numel() ** -0.5)
-    names = ("norm_type", "head_type", "chunk_size", "num_images", "use_proprio", "append_stop_token")
     processor = repository_class("OpenVLAProcessor").from_pretrained(
-        TINY_POLICY, input_sizes=[[3, 28, 28]] * 2, **{name: getattr(config, name) for name in names}
+        TINY_POLICY, input_sizes=[[3, 28, 28]] * 2, **{name: getattr(config, name) for name in PROCESSOR_FIELDS}
     )
     processor.norm_stats = config.norm_stats
     return model, processor

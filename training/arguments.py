@@ -45,6 +45,13 @@ class ModelArguments:
     num_images: int | None = field(default=None, metadata={"help": "Camera pictures per observation."})
     use_proprio: bool | None = field(default=None, metadata={"help": "Whether the robot's state goes in."})
     use_film: bool | None = field(default=None, metadata={"help": "Whether the instruction modulates the towers."})
+    use_embodiment_adapter: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Whether the policy is told which robot it drives: each dataset is one, and what the policy has "
+            "not got yet begins anew behind those that it has."
+        },
+    )
     append_stop_token: bool | None = field(
         default=None, metadata={"help": "Whether the end-of-sequence token follows actions of one pass."}
     )

@@ -170,6 +170,7 @@ class Repository:
         dtype (`torch.dtype`): Of the weights written.
         repo_id (`str`): What the model card says to load.
         datasets (`list[str]`): What was trained on, as it was given.
+        names (`list[str]`): What was trained on, as the statistics have it, which may know more.
         settings (`dict[str, Any]`): Of the training, for the card.
         metrics (`dict[str, float]`): The last ones, for the card.
     """
@@ -180,6 +181,7 @@ class Repository:
     dtype: torch.dtype
     repo_id: str
     datasets: list[str]
+    names: list[str]
     settings: dict[str, Any]
     metrics: dict[str, float] = field(default_factory=dict)
 
@@ -233,7 +235,7 @@ class Repository:
         base_model = None if self.base.is_local else self.base.root
         text = model_card(
             self.repo_id,
-            f"{self.base.described}, fine-tuned on {', '.join(f'`{name}`' for name in self.processor.norm_stats)}.",
+            f"{self.base.described}, fine-tuned on {', '.join(f'`{name}`' for name in self.names)}.",
             unnorm_keys=sorted(self.processor.norm_stats),
             base_model=base_model,
             llm_backbone_id=llm_backbone_id,
@@ -246,7 +248,7 @@ class Repository:
         return card
 
     def _training_section(self) -> str:
-        statistics = self.processor.norm_stats
+        statistics = {name: self.processor.norm_stats[name] for name in self.names}
         sizes = [
             [name, each.get("num_trajectories"), each.get("num_transitions")] for name, each in statistics.items()
         ]

@@ -153,13 +153,30 @@ def split_weight(text: str) -> tuple[str, float]:
         return text, 1.0
 
 
-def measure_widths(part: Part) -> tuple[int, int | None]:
-    """Numbers in an action and, if the dataset has one, in a state, as the first episode has them."""
+def measure_widths(parts: Sequence[Part], known: dict[str, dict]) -> tuple[int, int | None]:
+    """
+    Numbers in the widest action and, if every dataset has one, in the widest state.
+
+    Args:
+        parts (`Sequence[Part]`): Measured by their first episodes.
+        known (`dict[str, dict]`): Statistics of datasets that the policy knows beside them.
+    """
+    episodes = [_first_episode(part) for part in parts]
+    sizes = {
+        name: [len(statistics[name]["q01"]) for statistics in known.values() if name in statistics]
+        for name in ("action", "proprio")
+    }
+    action_dim = max([episode.actions.shape[1] for episode in episodes] + sizes["action"])
+    if any(episode.states is None for episode in episodes):
+        return action_dim, None
+    return action_dim, max([episode.states.shape[1] for episode in episodes] + sizes["proprio"])
+
+
+def _first_episode(part: Part) -> Episode:
     try:
-        episode = next(iter_episodes(part.source, replace(part.config, cameras={})))
+        return next(iter_episodes(part.source, replace(part.config, cameras={})))
     except StopIteration:
         raise ValueError(f"The filters leave nothing of {part.source.name}.") from None
-    return episode.actions.shape[1], None if episode.states is None else episode.states.shape[1]
 
 
 # Statistics

@@ -70,22 +70,28 @@ def supervised(labels: torch.Tensor) -> torch.Tensor:
     return labels.gather(1, kept)
 
 
-def without_padding(labels: torch.Tensor, action_is_pad: torch.Tensor, tokens: ActionTokens) -> torch.Tensor:
+def without_padding(
+    labels: torch.Tensor, action_is_pad: torch.Tensor, tokens: ActionTokens, action_dims: torch.Tensor | None = None
+) -> torch.Tensor:
     """
-    Labels with -100 at the tokens of padded actions, which say where these are and are not learned. FAST tokens, which
-    are of the whole chunk, are all learned.
+    Labels with -100 at the tokens of padded actions and numbers, which say where these are and are not learned. FAST
+    tokens, which are of the whole chunk, are all learned.
 
     Args:
-        labels (`torch.Tensor`): (B, L); but for FAST tokens, with as many action tokens in each row.
+        labels (`torch.Tensor`): (B, L), with the tokens of K actions in each row.
         action_is_pad (`torch.Tensor`): bool (B, K).
         tokens ([`ActionTokens`]): Of the policy.
+        action_dims (`torch.Tensor`, *optional*): (B,), numbers in each row's actions, in front of those that pad them.
     """
     if tokens.is_fast:
         return labels
     is_action = tokens.find(labels)
-    tokens_per_action = int(is_action[0].sum()) // action_is_pad.shape[1]
-    is_pad = action_is_pad.to(labels.device).repeat_interleave(tokens_per_action, dim=1)  # (B, K) -> (B, K * D)
-    return labels.masked_scatter(is_action, labels[is_action].masked_fill(is_pad.flatten(), IGNORE_INDEX))
+    tokens_per_action = is_action.sum(dim=1, keepdim=True) // action_is_pad.shape[1]  # (B, 1)
+    place = (is_action.cumsum(dim=1) - 1).clamp(min=0)  # (B, L), of a token among those of its row
+    is_pad = action_is_pad.to(labels.device).gather(1, place // tokens_per_action)  # (B, L)
+    if action_dims is not None:
+        is_pad |= place % tokens_per_action >= action_dims.to(labels.device)[:, None]
+    return labels.masked_fill(is_action & is_pad, IGNORE_INDEX)
 
 
 def count_correct(
@@ -117,6 +123,8 @@ class ActionMetrics:
     are those of these rows, to the chunk that the labels spell, and are absent where there is no such row. Of their
     accuracy, the tokens of repeated actions are a part.
 
+    Of robots that differ in action dimension each number counts alike; those that pad a robot's actions do not.
+
     Args:
         processor: The policy's, with the statistics of all datasets.
         datasets (`Sequence[str]`): Dataset of each row, in the order of validation.
@@ -146,7 +154,7 @@ class ActionMetrics:
             raise ValueError(f"{len(labels)} rows were predicted, and {len(self.datasets)} are known.")
         counts, shares = ~is_pad.astype(bool), {}  # (N, K), and by name for each row an array of what is averaged
         if numbers:
-            predicted, targets = np.asarray(prediction.predictions, np.float64), numbers[0]
+            predicted, targets = (self._own_numbers(rows) for rows in (prediction.predictions, numbers[0]))
         else:
             tokens = _rows(prediction.predictions), _rows(labels)
             if self.processor.head_type == "fast":
@@ -158,55 +166,66 @@ class ActionMetrics:
         for name in dict.fromkeys(self.datasets.tolist()):
             rows = np.flatnonzero(self.datasets == name)
             own = {kind: [values[row] for row in rows] for kind, values in shares.items()}
-            summary = _average(own, predicted[rows], targets[rows], counts[rows])
-            summary |= self._by_dimension(predicted[rows], targets[rows], counts[rows], name)
+            pair = [np.stack([values[row] for row in rows]) for values in (predicted, targets)]  # (rows, K, D)
+            summary = _average(own, *pair, counts[rows])
+            summary |= self._by_dimension(*pair, counts[rows], name)
             metrics |= {f"{name}/{kind}": value for kind, value in summary.items()}
         return metrics
 
     def _measure_bins(
         self, predicted: list[np.ndarray], targets: list[np.ndarray], counts: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, dict[str, list[np.ndarray]]]:
-        """Normalised actions (N, K, D), predicted and true, and which of the tokens that count are right."""
-        is_action = ActionTokens.of(self.processor).find(targets[0])
-        shape = (*counts.shape, -1)
-        tokens, target_tokens = (np.stack(rows)[:, is_action].reshape(shape) for rows in (predicted, targets))
-        is_right = [row[kept] for row, kept in zip(tokens == target_tokens, counts, strict=True)]
-        return self._decode(tokens), self._decode(target_tokens), {"action_accuracy": is_right}
+    ) -> tuple[list[np.ndarray], list[np.ndarray], dict[str, list[np.ndarray]]]:
+        """Normalised actions, N of (K, D), predicted and true, and which of the tokens that count are right."""
+        is_action = [ActionTokens.of(self.processor).find(row) for row in targets]
+        tokens, target_tokens = (
+            [row[kept].reshape(counts.shape[1], -1) for row, kept in zip(rows, is_action, strict=True)]
+            for rows in (predicted, targets)
+        )
+        is_right = [(row == target)[kept] for row, target, kept in zip(tokens, target_tokens, counts, strict=True)]
+        actions = ([self._decode(row) for row in rows] for rows in (tokens, target_tokens))
+        return *actions, {"action_accuracy": [row.flatten() for row in is_right]}
 
     def _decode(self, tokens: np.ndarray) -> np.ndarray:
-        """Normalised actions, float64 (N, K, D)."""
+        """Normalised actions, float64 of the same shape."""
         codec = self.processor.codec
-        clipped = tokens.clip(codec.token_end - codec.n_bins, codec.token_end - 1)
-        return codec.decode(clipped.reshape(len(clipped), -1)).reshape(clipped.shape)
+        return codec.decode(tokens.clip(codec.token_end - codec.n_bins, codec.token_end - 1))
 
     def _measure_fast(
         self, predicted: list[np.ndarray], targets: list[np.ndarray], chunk_size: int
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, list[np.ndarray]]]:
+    ) -> tuple[list[np.ndarray], list[np.ndarray], np.ndarray, dict[str, list[np.ndarray]]]:
         """
-        Normalised actions (N, K, D), predicted and true, which rows are predicted chunks, and the shares that tokens
-        and rows are counted in.
+        Normalised actions, N of (K, D), predicted and true, which rows are predicted chunks, and the shares that
+        tokens and rows are counted in.
         """
         is_action = [ActionTokens.of(self.processor).find(row) for row in targets]
         tokens, target_tokens = (
             [row[kept] for row, kept in zip(rows, is_action, strict=True)] for rows in (predicted, targets)
         )
         is_right = [row == target for row, target in zip(tokens, target_tokens, strict=True)]
-        true = np.stack([self._spell(row, chunk_size) for row in target_tokens])  # (N, K, D)
-        spelled = np.full_like(true, np.nan)
+        shapes = [(chunk_size, size) for size in self._sizes()]
+        true = [self._spell(row, shape) for row, shape in zip(target_tokens, shapes, strict=True)]
+        spelled = [np.full(shape, np.nan) for shape in shapes]
         is_valid = np.zeros(len(true), dtype=bool)
         for index, row in enumerate(tokens):
             try:
-                spelled[index], is_valid[index] = self._spell(row, chunk_size), True
+                spelled[index], is_valid[index] = self._spell(row, shapes[index]), True
             except ValueError:  # a MalformedActionError
                 continue
         shares = {"action_accuracy": is_right, "valid_chunks": list(is_valid[:, None])}
         return spelled, true, is_valid, shares
 
-    def _spell(self, token_ids: np.ndarray, chunk_size: int) -> np.ndarray:
-        """The normalised chunk (K, D) of FAST tokens (n,)."""
-        dim = len(self.processor.norm_stats[str(self.datasets[0])]["action"]["q01"])
+    def _spell(self, token_ids: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+        """The normalised chunk of this shape (K, D) of FAST tokens (n,)."""
         tokens = (self.processor.action_token_end - 1 - token_ids).tolist()
-        return self.processor.fast_tokenizer.decode([tokens], chunk_size, dim)[0]
+        return self.processor.fast_tokenizer.decode([tokens], *shape)[0]
+
+    def _sizes(self) -> list[int]:
+        """Numbers in the actions of each row's robot, N."""
+        return [len(self.processor.norm_stats[name]["action"]["q01"]) for name in self.datasets.tolist()]
+
+    def _own_numbers(self, actions: np.ndarray) -> list[np.ndarray]:
+        """Of actions (N, K, D), float64, N of (K, D) without what pads those of each row's robot."""
+        return [np.asarray(row, np.float64)[:, :size] for row, size in zip(actions, self._sizes(), strict=True)]
 
     def _by_dimension(
         self, predicted: np.ndarray, targets: np.ndarray, counts: np.ndarray, dataset: str
@@ -230,10 +249,14 @@ def _rows(tokens: Any) -> list[np.ndarray]:
 
 
 def _average(
-    shares: dict[str, list[np.ndarray]], predicted: np.ndarray, targets: np.ndarray, counts: np.ndarray
+    shares: dict[str, list[np.ndarray]],
+    predicted: Sequence[np.ndarray],
+    targets: Sequence[np.ndarray],
+    counts: np.ndarray,
 ) -> dict[str, float]:
-    """Means over all rows: of the values of `shares`, and L1 of the actions (N, K, D) that count (N, K)."""
+    """Means over all rows: of the values of `shares`, and L1 of the actions, N of (K, D), that count (N, K)."""
     averages = {kind: float(np.concatenate(values).mean()) for kind, values in shares.items()}
     if counts.any():
-        averages["l1_normalized"] = float(np.abs(predicted - targets)[counts].mean())
+        rows = zip(predicted, targets, counts, strict=True)
+        averages["l1_normalized"] = float(np.concatenate([np.abs(p - t)[c].flatten() for p, t, c in rows]).mean())
     return averages

@@ -150,7 +150,11 @@ class OpenVLATrainer(Trainer):
 
     def _get_num_items_in_batch(self, batch_samples: list[dict], device: torch.device) -> torch.Tensor | int | None:
         counted = [
-            {"labels": without_padding(batch["labels"], batch["action_is_pad"], self.action_tokens)}
+            {
+                "labels": without_padding(
+                    batch["labels"], batch["action_is_pad"], self.action_tokens, batch.get("action_dims")
+                )
+            }
             for batch in batch_samples
         ]
         return super()._get_num_items_in_batch(counted, device)
@@ -219,16 +223,21 @@ class OpenVLATrainer(Trainer):
         policy = self.accelerator.unwrap_model(model)
         policy = policy.get_base_model() if isinstance(policy, PeftModel) else policy
         is_prompt = (inputs["labels"] != IGNORE_INDEX).cumsum(dim=1) == 0  # (B, L)
-        with self.compute_loss_context_manager():
-            output = policy.predict_action(
-                input_ids=inputs["input_ids"],
-                attention_mask=inputs["attention_mask"] * is_prompt,
-                unnorm_key=next(iter(policy.norm_stats)),  # of any dataset: the units are not looked at
-                return_dict=True,
-                **{name: inputs[name] for name in ("pixel_values", "proprio") if name in inputs},
-            )
-        normalized = torch.as_tensor(output.normalized_actions, device=self.args.device)
-        return normalized.view(inputs["actions"].shape)
+        prompts = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"] * is_prompt}
+        prompts |= {name: inputs[name] for name in ("pixel_values", "proprio") if name in inputs}
+        actions = torch.zeros_like(inputs["actions"], dtype=torch.float64)
+        keys = row_keys(policy, inputs)
+        for size in sorted({policy.get_action_dim(key) for key in keys}):
+            rows = [row for row, key in enumerate(keys) if policy.get_action_dim(key) == size]
+            with self.compute_loss_context_manager():
+                output = policy.predict_action(
+                    **{name: values[rows] for name, values in prompts.items()},
+                    unnorm_key=[keys[row] for row in rows],
+                    return_dict=True,
+                )
+            normalized = torch.as_tensor(output.normalized_actions, device=actions.device)
+            actions[rows, :, :size] = normalized.view(len(rows), -1, size)
+        return actions
 
     @contextmanager
     def _off_the_clock(self) -> Iterator[None]:
@@ -342,6 +351,16 @@ class OpenVLATrainer(Trainer):
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Nothing: [`PushCallback`] uploads what is complete."""
+
+
+def row_keys(policy: torch.nn.Module, inputs: dict[str, Any]) -> list[str]:
+    """For each row of a batch a dataset with its robot and action dimension; the units are not looked at."""
+    if "embodiment" in inputs:
+        return [policy.config.embodiments[row] for row in inputs["embodiment"].tolist()]
+    sizes = {policy.get_action_dim(key): key for key in policy.norm_stats}
+    if "action_dims" in inputs:
+        return [sizes[size] for size in inputs["action_dims"].tolist()]
+    return [sizes[policy.config.action_dim]] * len(inputs["input_ids"])
 
 
 def card_metrics(history: list[dict[str, float]], step: int) -> dict[str, float]:
