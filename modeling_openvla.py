@@ -416,9 +416,8 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         config = self.config
         try:
             tokenizer = FastTokenizer.load(source, config.fast_scale, config.fast_min_token, **hub_kwargs)
-        except FileNotFoundError as error:
-            logger.warning(f"Assign `model.fast_tokenizer` before the first action: {error}")
-            return
+        except FileNotFoundError:
+            return  # said by the first action
         if tokenizer.vocab_size == config.fast_vocab_size:
             self.fast_tokenizer = tokenizer
         else:

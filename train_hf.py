@@ -373,7 +373,10 @@ def set_up(
     check_action_dimensions(model, processor.norm_stats)
     if head_type == "fast":
         if checkpoint is None:
-            known = processor.fast_tokenizer if fast_tokenizer is None else fast_tokenizer
+            # A file beside a policy that speaks otherwise is not its own.
+            known = (
+                processor.fast_tokenizer if config.head_type == "fast" and fast_tokenizer is None else fast_tokenizer
+            )
             fast_tokenizer = choose_fast_tokenizer(processor, base_model.config, known, parts, data_arguments, seed)
         set_fast_tokenizer(base_model, processor, fast_tokenizer)
     if training.bin_smoothing:

@@ -72,7 +72,8 @@ def refuse_to_fit(monkeypatch) -> None:
     def refuse(*args, **kwargs):
         raise AssertionError("A tokenizer is there already.")
 
-    monkeypatch.setattr(FastTokenizer, "fit", refuse)
+    # Where the class comes from, there are others of its name.
+    monkeypatch.setattr(repository_class("OpenVLAProcessor"), "fit_fast_tokenizer", refuse)
 
 
 class TestRuns:
@@ -116,7 +117,10 @@ class TestRuns:
         middle = f"checkpoint-{STEPS // 2}"
         shutil.copytree(output / middle, tmp_path / middle)
         refuse_to_fit(monkeypatch)
-        train_hf.main(command(recorded, tmp_path, kind, "--resume_from_checkpoint", "True"))
+        resume = command(recorded, tmp_path, kind, "--resume_from_checkpoint", "True")
+        with pytest.raises(ValueError, match="goes on with --fast_scale 10, got 20"):
+            train_hf.main([*resume, "--fast_scale", "20"])
+        train_hf.main(resume)
         assert losses(tmp_path) == losses(output)
         for name in ("model.safetensors", NAME):
             assert (tmp_path / name).read_bytes() == (output / name).read_bytes()
@@ -126,6 +130,16 @@ class TestRuns:
             for path in (tmp_path, output)
         ]
         assert last[0] == last[1]
+
+    def test_checkpoints_of_sharded_weights_have_the_tokenizer(self, recorded, tmp_path):  # noqa: F811
+        """Their weights are saved by transformers alone."""
+        trainer = set_up(recorded, tmp_path, *FIT)
+        directory = tmp_path / "checkpoint-2"
+        directory.mkdir()
+        trainer._globalstep_last_logged = 0  # as training begins
+        trainer._complete_checkpoint(directory)
+        tokenizer = fast_module.read_fast_tokenizer(str(directory))
+        assert tokenizer.bpe.to_str() == trainer.repository.processor.fast_tokenizer.bpe.to_str()
 
     def test_adapters_merge_by_the_tool(self, run, tmp_path):
         kind, output = run
@@ -263,7 +277,7 @@ class TestGiven:
         for location, message in (
             (
                 TINY_POLICY,
-                r"has no FAST tokenizer: fast_tokenizer\.json with \['fast_scale', 'fast_min_token'\] or",
+                r"cannot be reached: fast_tokenizer\.json with \['fast_scale', 'fast_min_token'\] or",
             ),
             (tmp_path / "nowhere", "is neither a directory"),
         ):

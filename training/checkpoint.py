@@ -83,9 +83,9 @@ def save_resume_weights(
     """
     The weights that a resumed run goes on with, as they are trained: the adapter, or all of them.
 
-    There is no config.json, so that no one takes the directory for a model. The processor lies beside the weights,
-    with the FAST tokenizer if it has one. Statistics and the fields of the configuration that the base may have
-    otherwise lie beside an adapter: `tools/merge_adapter.py` needs no more than this directory and the base.
+    There is no config.json, so that no one takes the directory for a model. The processor, statistics and the fields
+    of the configuration that the base may have otherwise lie beside an adapter: `tools/merge_adapter.py` needs no more
+    than this directory and the base.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`): What is trained.
@@ -94,8 +94,8 @@ def save_resume_weights(
         state_dict (`dict`, *optional*): In place of the model's own, where it is sharded.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    processor.save_pretrained(directory)
     if isinstance(model, PeftModel):
+        processor.save_pretrained(directory)
         model.save_pretrained(directory, state_dict=state_dict)
         write_json(directory / STATISTICS_NAME, processor.norm_stats)
         config = model.get_base_model().config

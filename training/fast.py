@@ -69,8 +69,8 @@ def read_fast_tokenizer(location: str) -> Any:
         location (`str`): Directory or Hub id.
 
     Raises:
-        FileNotFoundError: If there is no such repository.
-        ValueError: If it has no FAST tokenizer.
+        FileNotFoundError: If there is no such directory.
+        ValueError: If it, or the repository, has no FAST tokenizer.
     """
     source = Source.locate(location, "main")
     settings = source.read_json("processor_config.json") or {}
@@ -80,13 +80,27 @@ def read_fast_tokenizer(location: str) -> Any:
                 source.root, settings[scale], settings[min_token], filename, revision=source.revision
             )
     expected = " or ".join(f"{name} with {list(fields)}" for name, fields in _LAYOUTS)
-    raise ValueError(f"{location} has no FAST tokenizer: {expected} in processor_config.json were expected.")
+    raise ValueError(
+        f"{location} has no FAST tokenizer, or cannot be reached: {expected} in processor_config.json were expected."
+    )
 
 
 def find_fast_tokenizer(arguments: ModelArguments, checkpoint: Path | None) -> Any | None:
-    """The [`FastTokenizer`] of the run that is resumed, or the given one; None where there is neither."""
-    place = arguments.fast_tokenizer if checkpoint is None else str(checkpoint)
-    return None if place is None else read_fast_tokenizer(place)
+    """
+    The [`FastTokenizer`] of the run that is resumed, or the given one; None where there is neither.
+
+    Raises:
+        ValueError: If the run that is resumed speaks with another one than is asked for.
+    """
+    given = None if arguments.fast_tokenizer is None else read_fast_tokenizer(arguments.fast_tokenizer)
+    if checkpoint is None:
+        return given
+    found = read_fast_tokenizer(str(checkpoint))
+    if given is not None and (given.bpe.to_str(), given.config_fields) != (found.bpe.to_str(), found.config_fields):
+        raise ValueError(f"{checkpoint} has another tokenizer than --fast_tokenizer {arguments.fast_tokenizer}.")
+    if arguments.fast_scale not in (None, found.scale):
+        raise ValueError(f"{checkpoint} goes on with --fast_scale {found.scale:g}, got {arguments.fast_scale:g}.")
+    return found
 
 
 def choose_fast_tokenizer(

@@ -298,6 +298,8 @@ class OpenVLATrainer(Trainer):
         if (best := self.state.best_model_checkpoint) is not None:  # where every process will load it from
             self.state.best_model_checkpoint = str(Path(self.args.output_dir) / Path(best).name)
         if self.args.should_save:
+            # However the weights are saved: sharded ones pass `_save` by.
+            self.repository.processor.save_pretrained(directory)
             save_tracker_run(self.args, directory)
             self.state.save_to_json(str(directory / TRAINER_STATE_NAME))
 
