@@ -168,11 +168,6 @@ def action_dim(statistics: dict) -> int:
     return len(statistics["action"]["q01"])
 
 
-def widest(norm_stats: dict[str, dict], block: str) -> int:
-    """Most numbers that the `action` or `proprio` of a dataset has, to which those of the others are padded."""
-    return max(len(statistics[block]["q01"]) for statistics in norm_stats.values() if block in statistics)
-
-
 def normalize(values: np.ndarray, statistics: dict, norm_type: str = "bounds_q99") -> np.ndarray:
     """
     Physical values to normalised ones, as the training data of OpenVLA were made: bounds are clipped to [-1, 1],

@@ -28,7 +28,6 @@ from .action_codec_openvla import (
     resolve_row_keys,
     select_row_statistics,
     unnormalize,
-    widest,
 )
 from .configuration_openvla import (
     HUB_LOAD_ARGUMENTS,
@@ -451,6 +450,7 @@ class OpenVLAProcessor(ProcessorMixin):
         closing_token_id (`int`, `None` or `"auto"`): Token that ends the prompt; `"auto"`: the tokenizer's lone
             "▁", or none where it has no such piece.
         head_type, chunk_size, num_images, use_proprio, append_stop_token, embodiments: As in [`OpenVLAConfig`].
+        action_dim, proprio_dim (`int`, *optional*): As in [`OpenVLAConfig`]: what is narrower is padded with zeros.
         fast_scale, fast_min_token: As in [`OpenVLAConfig`]; they follow the `fast_tokenizer` that is assigned.
     """
 
@@ -473,6 +473,8 @@ class OpenVLAProcessor(ProcessorMixin):
         use_proprio: bool = False,
         append_stop_token: bool = True,
         embodiments: list[str] | None = None,
+        action_dim: int | None = None,
+        proprio_dim: int | None = None,
         fast_scale: float | None = None,
         fast_min_token: int | None = None,
     ):
@@ -490,6 +492,8 @@ class OpenVLAProcessor(ProcessorMixin):
         self.use_proprio = use_proprio
         self.append_stop_token = append_stop_token
         self.embodiments = embodiments
+        self.action_dim = action_dim
+        self.proprio_dim = proprio_dim
         self.fast_scale = fast_scale
         self.fast_min_token = fast_min_token
         self._fast_tokenizer: FastTokenizer | None = None
@@ -740,7 +744,7 @@ class OpenVLAProcessor(ProcessorMixin):
             batch_size (`int`, *optional*): Rows that are expected.
 
         Returns:
-            `np.ndarray`: float32 (B, P), P that of the widest dataset of the statistics, 0 behind the others.
+            `np.ndarray`: float32 (B, P), P the policy's `proprio_dim`, 0 behind the numbers of narrower robots.
 
         Raises:
             ValueError: If the policy takes no state, the state is not finite or of another shape, or the statistics
@@ -756,7 +760,7 @@ class OpenVLAProcessor(ProcessorMixin):
             raise ValueError(f"`state` must be finite, got {[row.tolist() for row in rows]}.")
         statistics = [self.norm_stats[key] for key in resolve_row_keys(self.norm_stats, unnorm_key, len(rows))]
         rows = [_normalized_state(row, each, self.norm_type) for row, each in zip(rows, statistics, strict=True)]
-        return _pad_numbers(rows, widest(self.norm_stats, "proprio")).astype(np.float32)
+        return _pad_numbers(rows, self.proprio_dim).astype(np.float32)
 
     def decode_actions(
         self,
@@ -972,7 +976,7 @@ class OpenVLAProcessor(ProcessorMixin):
         """Normalised chunks as wide as a head on the hidden states, and what it learns of them; tokens are as wide."""
         if self.head_type in ("tokens", "fast"):
             return chunks, {}
-        padded = _pad_numbers(chunks, widest(self.norm_stats, "action"))  # (B, K, D)
+        padded = _pad_numbers(chunks, self.action_dim)  # (B, K, D)
         numbers = {"actions": padded.astype(np.float32)}
         if len({action_dim(statistics) for statistics in self.norm_stats.values()}) > 1:
             numbers["action_dims"] = np.array([chunk.shape[-1] for chunk in chunks])
@@ -1013,8 +1017,9 @@ def _ragged_rows(values: Any) -> list[np.ndarray]:
     return [np.asarray(row, dtype=np.float64) for row in values]
 
 
-def _pad_numbers(rows: Sequence[np.ndarray], width: int) -> np.ndarray:
-    """Rows (..., D) stacked, with zeros behind the numbers of those that have fewer than `width`."""
+def _pad_numbers(rows: Sequence[np.ndarray], width: int | None) -> np.ndarray:
+    """Rows (..., D) stacked, with zeros behind the numbers of those that have fewer than `width`, or than others."""
+    width = max(width or 0, *(row.shape[-1] for row in rows))
     return np.stack([np.pad(row, [(0, 0)] * (row.ndim - 1) + [(0, width - row.shape[-1])]) for row in rows])
 
 
@@ -1030,6 +1035,8 @@ _SETTINGS = (
     "use_proprio",
     "append_stop_token",
     "embodiments",
+    "action_dim",
+    "proprio_dim",
     "fast_scale",
     "fast_min_token",
 )

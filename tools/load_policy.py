@@ -17,11 +17,11 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 # Fields of the configuration that say how a policy acts, and those of them that the processor has to know, too.
 PROCESSOR_FIELDS = (
     *("norm_type", "head_type", "chunk_size", "num_images", "use_proprio", "append_stop_token"),
-    *("fast_scale", "fast_min_token", "embodiments"),
+    *("fast_scale", "fast_min_token", "embodiments", "action_dim", "proprio_dim"),
 )
 ACTION_FIELDS = (
     *PROCESSOR_FIELDS,
-    *("attention_mode", "action_dim", "proprio_dim", "use_film", "diffusion_steps", "num_inference_steps"),
+    *("attention_mode", "use_film", "diffusion_steps", "num_inference_steps"),
     *("fast_vocab_size", "embodiment_adapter_dim"),
 )
 
