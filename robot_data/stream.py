@@ -149,14 +149,14 @@ class _Reader:
         }
 
     def __next__(self) -> Step:
-        self._fill()
+        self.fill()
         due, number, step = heapq.heappop(self._waiting)
         self._last = due, number
         while len(self._marks) > 1 and self._marks[1][1] <= due - self._window + 1:
             self._marks.popleft()
         return step
 
-    def _fill(self) -> None:
+    def fill(self) -> None:
         """Read until no step that is still to be read can be due before the first one that waits."""
         while not self._waiting or (self._episodes is not None and self._waiting[0][0] > self._step):
             if self._episodes is None:
@@ -385,6 +385,8 @@ class StepStream(IterableDataset):
                 zip(self.parts, self.probabilities, self._sources, strict=True)
             )
         ]
+        for reader in readers:
+            reader.fill()  # a dataset without a step is told of at once, and not when it first comes up
         start = int(_generator(self.seed, _CHOICES, consumer).integers(2**64, dtype=np.uint64))
         return readers, Choices(self.probabilities, start)
 
