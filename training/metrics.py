@@ -86,7 +86,8 @@ def without_padding(
     if tokens.is_fast:
         return labels
     is_action = tokens.find(labels)
-    tokens_per_action = is_action.sum(dim=1, keepdim=True) // action_is_pad.shape[1]  # (B, 1)
+    # At least one, for rows without an action, where nothing is padded.
+    tokens_per_action = (is_action.sum(dim=1, keepdim=True) // action_is_pad.shape[1]).clamp(min=1)  # (B, 1)
     place = (is_action.cumsum(dim=1) - 1).clamp(min=0)  # (B, L), of a token among those of its row
     is_pad = action_is_pad.to(labels.device).gather(1, place // tokens_per_action)  # (B, L)
     if action_dims is not None:
