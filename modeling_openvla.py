@@ -1067,6 +1067,8 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
     ) -> torch.Tensor | None:
         """Embeddings of the images and, behind them, of the state, (B, images * P [+ 1], H); `None` without images."""
         if pixel_values is None:
+            if embodiment is not None:
+                raise ValueError("`embodiment` is of what the robot sees: it goes with `pixel_values`.")
             return None
         instruction = None
         if self.config.use_film:

@@ -183,6 +183,8 @@ class TestAdapter:
             model(**inputs, embodiment=torch.tensor([0, 1]))
         with pytest.raises(ValueError, match=r"must hold places in \['arm', 'other_arm'\], got \[0, 1, 2\]"):
             model(**inputs, embodiment=torch.tensor([0, 1, 2]))
+        with pytest.raises(ValueError, match="goes with `pixel_values`"):
+            model(input_ids=inputs["input_ids"], embodiment=torch.tensor([0, 1, 0]))
         model.norm_stats = processor.norm_stats = statistics(arm=3, hand=3)
         unknown = r"tells the robots \['arm', 'other_arm'\] apart \(`embodiments`\), not \['hand'\]"
         with pytest.raises(ValueError, match=unknown):

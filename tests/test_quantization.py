@@ -181,6 +181,7 @@ class TestWhatIsQuantized:
             "action_head",
             "proprio_projector",
             "noisy_action_projector",
+            "embodiment_adapter",
         ]
 
     @pytest.mark.parametrize("load", [through_auto_class, through_the_class])
@@ -376,7 +377,7 @@ class TestSaving:
 
 def test_the_shipped_policy_in_4_bits(camera_image):
     model, processor = load_policy(REPOSITORY, dtype=torch.bfloat16, quantization_config=nf4())
-    inputs = processor(instruction="pick up the cube", images=camera_image)
+    inputs = processor(instruction="pick up the cube", images=camera_image, state=np.full(8, 0.02))
     assert model.predict_action(**inputs).shape == (7,)
 
 

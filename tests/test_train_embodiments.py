@@ -133,8 +133,8 @@ class TestRuns:
         """It is added behind the others, whose embeddings and statistics stay as they are while it alone learns."""
         kind, output = run
         lora = LORA if kind.startswith("lora") else ()
-        alone = ("--model_name_or_path", str(output), "--dataset", str(robots / "third"), "--max_steps", "1")
-        more = ("--save_steps", "1", "--validation_episodes", "0", *lora)
+        alone = ("--model_name_or_path", str(output), "--dataset", str(robots / "third"), "--max_steps", "3")
+        more = ("--save_steps", "3", "--validation_episodes", "0", "--weight_decay", "0.1", *lora)
         train_hf.main(flags(robots, tmp_path, *alone, *more))
         model, processor = load_policy(tmp_path)
         assert model.config.embodiments == processor.embodiments == [*SIZES, "third"]
@@ -143,6 +143,7 @@ class TestRuns:
         for row in range(2):
             name = f"embodiment_adapter.embeddings.{row}.weight"
             assert torch.equal(before[name], after[name])
+        assert not torch.equal(before["embodiment_adapter.up.weight"], after["embodiment_adapter.up.weight"])
         known = json.loads((output / "dataset_statistics.json").read_text())
         assert {name: model.norm_stats[name] for name in SIZES} == known
         assert "fine-tuned on `third`." in (tmp_path / "README.md").read_text()

@@ -159,6 +159,11 @@ class OpenVLATrainer(Trainer):
         ]
         return super()._get_num_items_in_batch(counted, device)
 
+    def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
+        """As [`Trainer.get_decay_parameter_names`]; the embedding of a robot that rests stays as it is."""
+        embeddings = "embodiment_adapter.embeddings."
+        return [name for name in super().get_decay_parameter_names(model) if embeddings not in name]
+
     def training_step(self, *args, **kwargs) -> torch.Tensor:
         """As [`Trainer.training_step`]; the first line of the log after a resume covers the steps before it, too."""
         loss = super().training_step(*args, **kwargs)
