@@ -10,6 +10,7 @@ import sys
 import pytest
 import transformers
 from conftest import REPOSITORY, TINY_POLICY
+from load_policy import load_policy
 
 from tabletop.record import Recording, record
 
@@ -42,6 +43,9 @@ def test_commands_run_in_order(tmp_path):
 def test_python_blocks_run_in_order(monkeypatch, tmp_path):
     """Where a block needs a class that this version of transformers lacks, the README says so above it."""
     demonstrations = record(Recording(episodes=3, image_size=32), tmp_path / "demonstrations")
+    converted = tmp_path / "converted"  # a complete repository, in place of one that takes a download
+    for part in load_policy(TINY_POLICY):
+        part.save_pretrained(converted)
     monkeypatch.chdir(REPOSITORY)
     namespace: dict = {}
     ran = 0
@@ -50,7 +54,7 @@ def test_python_blocks_run_in_order(monkeypatch, tmp_path):
             continue
         for name, stand_in in (
             ("demonstrations", demonstrations),
-            ("openvla-7b", TINY_POLICY),
+            ("openvla-7b", converted),
             ("bridge_orig", "tabletop"),
         ):
             block = block.replace(f'"{name}"', repr(str(stand_in)))
