@@ -27,11 +27,11 @@ from matplotlib.figure import Figure  # noqa: E402
 from preprocessing import machine  # noqa: E402
 from training_modes import as_flags, run, versions  # noqa: E402
 
-from tabletop.record import Recording  # noqa: E402
-from tabletop.scene import COLORS, SHAPES  # noqa: E402
+from tabletop.scene import HELD_OUT  # noqa: E402
 
 
-HELD_OUT = ("purple", "ball")
+# Targets of the evaluations: what was handled in training, and what was not.
+TARGETS = {"known": {"hold_out": HELD_OUT}, "held_out": {"objects": HELD_OUT}}
 RECORDING_SEED, FIRST_SEED = 5, 500_000
 
 
@@ -47,19 +47,13 @@ def check_folder(folder: Path, settings: dict[str, Any]) -> None:
     path.write_text(json.dumps(settings))
 
 
-def objects() -> tuple[list[str], list[str]]:
-    """Names of the objects that were handled in training, and of those that were not."""
-    known = Recording(episodes=1, hold_out=HELD_OUT).targets()
-    return known, [name for color in COLORS for shape in SHAPES if (name := f"{color} {shape}") not in known]
-
-
 def record(folder: Path, policy: Path, tasks: list[str], episodes: int) -> Path:
     """So many demonstrations with what was held out, in the size and with the cameras of the policy."""
     output = folder / f"demonstrations-{episodes}"
     if not (output / "meta" / "info.json").is_file():
         side = json.loads((policy / "config.json").read_text())["image_sizes"][0]
         flags = ["--episodes", episodes, "--seed", RECORDING_SEED, "--image_size", side, "--output", output]
-        run(["-m", "tabletop.record", "--hold_out", *objects()[0], "--tasks", *tasks, "--cameras", "image", *flags])
+        run(["-m", "tabletop.record", "--objects", *HELD_OUT, "--tasks", *tasks, "--cameras", "image", *flags])
     return output
 
 
@@ -79,11 +73,11 @@ def adapt(folder: Path, policy: Path, dataset: Path, episodes: int, flags: list[
 def evaluate(folder: Path, policy: Path, tasks: list[str], rollouts: int, name: str) -> dict[str, Any]:
     """results.json of a policy on objects that were held out, and of what it had learned before."""
     found = {}
-    for kind, names in zip(("known", "held_out"), objects(), strict=True):
+    for kind, targets in TARGETS.items():
         output = folder / f"results-{name}-{kind}"
         if not (output / "results.json").is_file():
             flags = ["--episodes", rollouts, "--seed", FIRST_SEED, "--output_dir", output]
-            arguments = ["--env_arguments", json.dumps({"objects": names}), "--tasks", *tasks]
+            arguments = ["--env_arguments", json.dumps(targets), "--tasks", *tasks]
             run(["tools/evaluate_policy.py", "--policy", policy, *arguments, *flags])
         found[kind] = json.loads((output / "results.json").read_text())["tasks"]
     return found

@@ -1,5 +1,6 @@
 """The tabletop as a Gymnasium environment."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import gymnasium
@@ -8,7 +9,7 @@ import numpy as np
 
 from .camera import check_backend, make_camera
 from .control import HOME, OPEN_WIDTH, HandController, vector_from_rotation
-from .scene import COLORS, SHAPES, build_model, lay_out, randomize_appearance
+from .scene import build_model, lay_out, object_names, randomize_appearance
 from .tasks import SIDES, TASKS, WORDINGS, Goal
 
 
@@ -46,7 +47,9 @@ class TabletopEnv(gymnasium.Env):
         cameras (`tuple[str]`, defaults to `("image", "wrist_image")`): Pictures to render; the others stay black.
             Without any, steps cost a tenth.
         max_steps (`int`, defaults to 120): Actions before `timeout`.
-        objects (`list[str]`, *optional*): Names to draw the target from, such as `red cube`. Default: all.
+        objects (`Sequence[str]`, *optional*): Colours, shapes or names (`red cube`) of what may be the target; by default
+            everything.
+        hold_out (`Sequence[str]`): Colours, shapes or names of what may not.
         randomize (`bool`, defaults to `False`): Vary cameras, light and colours from episode to episode.
         render_mode (`str`, defaults to `"rgb_array"`): The only one there is.
 
@@ -64,14 +67,14 @@ class TabletopEnv(gymnasium.Env):
         backend: str = "raycast",
         cameras: tuple[str, ...] = tuple(CAMERAS),
         max_steps: int = MAX_STEPS,
-        objects: list[str] | None = None,
+        objects: Sequence[str] | None = None,
+        hold_out: Sequence[str] = (),
         randomize: bool = False,
         render_mode: str | None = "rgb_array",
     ):
         self.tasks = _checked("tasks", tasks, TASKS)
         self.cameras = _checked("cameras", cameras, tuple(CAMERAS), least=0)
-        names = self._all_names()
-        self.object_names = list(_checked("objects", names if objects is None else objects, tuple(names)))
+        self.object_names = object_names(objects, hold_out)
         for name, value in (("image_size", image_size), ("max_steps", max_steps)):
             if value < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {value}.")
@@ -114,15 +117,16 @@ class TabletopEnv(gymnasium.Env):
         if task not in TASKS:
             raise ValueError(f"`task={task!r}` is unknown; known: {list(TASKS)}.")
         target = options.get("target") or self._draw_target(task)
-        if target not in self._all_names():
-            raise ValueError(f"`target={target!r}` is unknown; known: {self._all_names()}.")
+        names = object_names()
+        if target not in names:
+            raise ValueError(f"`target={target!r}` is unknown; known: {names}.")
         side = options.get("side") or str(self.np_random.choice(list(SIDES)))
         if side not in SIDES:
             raise ValueError(f"`side={side!r}` is unknown; known: {list(SIDES)}.")
         wording = options.get("wording", int(self.np_random.integers(len(WORDINGS[task]))))
         if wording not in range(len(WORDINGS[task])):
             raise ValueError(f"`wording` of {task!r} must be from 0 to {len(WORDINGS[task]) - 1}, got {wording}.")
-        others = [name for name in self._all_names() if name != target]
+        others = [name for name in names if name != target]
         distractors = self.np_random.choice(others, size=NUM_OBJECTS - 1, replace=False).tolist()
         self.objects, bowl = lay_out([target, *distractors], self.np_random, SIDES[side] if task == "push" else 0.0)
         self._build(bowl)
@@ -174,10 +178,6 @@ class TabletopEnv(gymnasium.Env):
         # One for each task, so that a seed does not name the same object in all of them.
         drawn = self.np_random.choice(self.object_names, size=len(TASKS))
         return str(drawn[TASKS.index(task)])
-
-    @staticmethod
-    def _all_names() -> list[str]:
-        return [f"{color} {shape}" for color in COLORS for shape in SHAPES]
 
     def _check_scene(self) -> None:
         if self.camera is None:

@@ -5,7 +5,6 @@ Records demonstrations of the expert as a LeRobot v3.0 dataset, with pictures as
 """
 
 import argparse
-import itertools
 import json
 import multiprocessing
 import os
@@ -23,7 +22,7 @@ from tqdm import tqdm
 from .environment import CAMERAS, TabletopEnv
 from .expert import Expert
 from .lerobot_writer import VIDEO_ENCODER, assemble, write_episode
-from .scene import COLORS, SHAPES
+from .scene import object_names
 from .tasks import SIDES, TASKS, WORDINGS, Goal
 
 
@@ -47,7 +46,9 @@ class Recording:
         noise (`float`, defaults to 0.3): Of the expert; see [`Expert.noisy_action`].
         detour (`float`, defaults to 0.0): In so many of the episodes the hand sets out for another object first, so
             that the place of the hand does not betray the target.
-        hold_out (`tuple[str]`): Colours, shapes or objects (`red cube`) that are never the target.
+        objects (`tuple[str]`, *optional*): Colours, shapes or names (`red cube`) of what may be the target; by default
+            everything.
+        hold_out (`tuple[str]`): Colours, shapes or names of what never is.
         randomize (`bool`, defaults to `False`): Vary cameras, light and colours from episode to episode.
         cameras (`tuple[str]`, defaults to both): Of `image` and `wrist_image`, those to render; another one stays
             black, which takes half the time.
@@ -65,6 +66,7 @@ class Recording:
     image_size: int = 224
     noise: float = 0.3
     detour: float = 0.0
+    objects: tuple[str, ...] | None = None
     hold_out: tuple[str, ...] = ()
     randomize: bool = False
     cameras: tuple[str, ...] = tuple(CAMERAS)
@@ -83,23 +85,15 @@ class Recording:
             raise ValueError(f"`noise` must be at least {MIN_NOISE}, got {self.noise}.")
         if not 0.0 <= self.detour <= 1.0:
             raise ValueError(f"`detour` is a share of the episodes, from 0 to 1; got {self.detour}.")
-        if not self.targets():
-            raise ValueError(f"Holding out {list(self.hold_out)} leaves no object to handle.")
+        self.targets()
         if self.video and self.image_size % 2:
             raise ValueError(f"`image_size` must be even for videos, got {self.image_size}.")
         if self.video and VIDEO_ENCODER not in av.codecs_available:
             raise ValueError(f"This PyAV lacks the encoder {VIDEO_ENCODER}, which its wheels have: pip install av.")
 
     def targets(self) -> list[str]:
-        """Names of the objects that are not held out."""
-        names = [(f"{color} {shape}", color, shape) for color in COLORS for shape in SHAPES]
-        known = set(itertools.chain.from_iterable(names))
-        if unknown := set(self.hold_out) - known:
-            raise ValueError(
-                f"`hold_out` takes colours {list(COLORS)}, shapes {list(SHAPES)} and objects such as 'red cube'; "
-                f"got {sorted(unknown)}."
-            )
-        return [name[0] for name in names if not set(name) & set(self.hold_out)]
+        """Names of the objects that may be the target."""
+        return object_names(self.objects, self.hold_out)
 
 
 # One episode
@@ -312,13 +306,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--image_size", type=int, default=224, help="side of the pictures in pixels")
     parser.add_argument("--noise", type=float, default=0.3, help="of the expert, as a fraction of its largest action")
     parser.add_argument("--detour", type=float, default=0.0, help="share of episodes that first head elsewhere")
-    parser.add_argument(
-        "--hold_out",
-        nargs="+",
-        default=[],
-        metavar="WHAT",
-        help="colours, shapes or objects that are never the target: red, ball, 'blue cube'",
-    )
+    what = "colours, shapes or objects (red, ball, 'blue cube') that"
+    parser.add_argument("--objects", nargs="+", metavar="WHAT", help=f"{what} may be the target; by default all")
+    parser.add_argument("--hold_out", nargs="+", default=[], metavar="WHAT", help=f"{what} are never the target")
     parser.add_argument("--randomize", action="store_true", help="vary cameras, light and colours")
     parser.add_argument("--cameras", nargs="+", default=list(CAMERAS), help="to render; the others stay black")
     parser.add_argument("--video", action="store_true", help="pictures as MP4 (H.264) instead of PNG")
@@ -337,6 +327,7 @@ def main(arguments: list[str] | None = None) -> None:
             image_size=parsed.image_size,
             noise=parsed.noise,
             detour=parsed.detour,
+            objects=parsed.objects and tuple(parsed.objects),
             hold_out=tuple(parsed.hold_out),
             randomize=parsed.randomize,
             cameras=tuple(parsed.cameras),

@@ -1,5 +1,6 @@
 """What stands on the table: objects, the bowl, and the MuJoCo model around them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +27,9 @@ SHAPES = {
     "cylinder": (mujoco.mjtGeom.mjGEOM_CYLINDER, (0.022, 0.026, 0.0)),
     "ball": (mujoco.mjtGeom.mjGEOM_SPHERE, (0.023, 0.0, 0.0)),
 }
+
+# What the policy of this repository has not been taught to handle, and is to learn from a few demonstrations.
+HELD_OUT = ("purple", "ball")
 
 BOWL_RADIUS = 0.065
 BOWL_HEIGHT = 0.035
@@ -64,6 +68,31 @@ class TableObject:
         """Height of the centre above the table, in metres."""
         _, size = SHAPES[self.shape]
         return {"ball": size[0], "cylinder": size[1]}.get(self.shape, size[2])
+
+
+def object_names(objects: Sequence[str] | None = None, hold_out: Sequence[str] = ()) -> list[str]:
+    """
+    Names of objects, such as `red cube`, in one order whatever is asked for.
+
+    Args:
+        objects (`Sequence[str]`, *optional*): Colours, shapes or names of those that are wanted; all by default.
+        hold_out (`Sequence[str]`): Colours, shapes or names of those that are not.
+
+    Raises:
+        ValueError: If a colour, shape or name is unknown, or nothing is left.
+    """
+    known = {f"{color} {shape}": {f"{color} {shape}", color, shape} for color in COLORS for shape in SHAPES}
+    for argument, given in (("objects", objects or ()), ("hold_out", hold_out)):
+        if isinstance(given, str) or set(given) - set().union(*known.values()):
+            raise ValueError(
+                f"`{argument}` takes a list of colours {list(COLORS)}, shapes {list(SHAPES)} and objects such as "
+                f"'red cube'; got {given if isinstance(given, str) else list(given)!r}."
+            )
+    wanted = set(known) if objects is None else set(objects)
+    names = [name for name, words in known.items() if words & wanted and not words & set(hold_out)]
+    if not names:
+        raise ValueError(f"`objects={objects!r}` without `hold_out={list(hold_out)}` leaves no object to handle.")
+    return names
 
 
 def footprint_radius(shape: str) -> float:

@@ -101,4 +101,4 @@ def test_unknown_object_is_a_message(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["record_corrections.py", *arguments])
     with pytest.raises(SystemExit):
         module.main()
-    assert "`hold_out` takes colours" in capsys.readouterr().err
+    assert "`hold_out` takes a list of colours" in capsys.readouterr().err

@@ -281,6 +281,14 @@ class TestTasks:
         assert action[6] == 1.0
         assert action[2] == np.float32(MAX_TRANSLATION)
 
+    def test_targets_by_colour_and_shape(self):
+        env = make_env(tasks=("pick",), objects=["purple", "ball"], hold_out=["red"])
+        expected = {f"{color} ball" for color in COLORS if color != "red"} | {f"purple {shape}" for shape in SHAPES}
+        assert set(env.object_names) == expected
+        assert {env.reset(seed=seed)[1]["target"] for seed in range(100)} == expected
+        both = env.object_names + make_env(hold_out=["purple", "ball"]).object_names
+        assert len(both) == len(set(both)) == len(COLORS) * len(SHAPES) - 1  # all but the red ball
+
     def test_expert_turns_the_hand_for_a_brick(self):
         env = make_env(tasks=("pick",), objects=["red brick"])
         assert {run_expert(env, seed) for seed in range(10)} == {"success"}
@@ -398,9 +406,12 @@ class TestTasks:
         "arguments, message",
         [
             ({"tasks": ("fly",)}, r"Tasks \['fly'\] are unknown"),
-            ({"objects": ["pink cube"]}, r"Objects \['pink cube'\] are unknown"),
+            ({"objects": ["pink cube"]}, r"`objects` takes a list of colours .* got \['pink cube'\]"),
+            ({"objects": "red cube"}, "`objects` takes a list .* got 'red cube'"),
+            ({"hold_out": ["pink"]}, r"`hold_out` takes a list of colours .* got \['pink'\]"),
+            ({"objects": ["red"], "hold_out": ["red"]}, "leaves no object to handle"),
             ({"cameras": ("top",)}, r"Cameras \['top'\] are unknown"),
-            ({"objects": []}, "`objects` must be a sequence with at least 1"),
+            ({"objects": []}, "leaves no object to handle"),
             ({"tasks": ()}, "`tasks` must be a sequence with at least 1"),
             ({"tasks": "pick"}, "got 'pick'"),
             ({"image_size": 0}, "`image_size` must be at least 1, got 0"),

@@ -25,7 +25,7 @@ from tabletop.environment import TabletopEnv
 from tabletop.expert import Expert
 from tabletop.lerobot_statistics import QUANTILES, image_statistics, vector_statistics
 from tabletop.record import Recording, draw_start, is_noop, main, record
-from tabletop.scene import COLORS, SHAPES
+from tabletop.scene import COLORS
 
 
 SMALL = Recording(episodes=6, seed=3, image_size=32)
@@ -482,31 +482,10 @@ class TestDetours:
         assert all(np.abs(frame["action"] - frame["expert_action"])[:3].max() < 0.02 for frame in frames)
 
     def test_in_a_recording(self, tmp_path):
-        output = tmp_path / "dataset"
-        main(["--episodes", "2", "--image_size", "8", "--output", str(output), "--detour", "1", "--cameras", "image"])
-        rows = pq.read_table(output / DATA).to_pylist()
-        assert any(row["action"] != row["expert_action"] for row in rows)
-        assert not pictures(rows, "observation.images.wrist").any()
-        assert pictures(rows, "observation.images.front").any()
-
-
-class TestHoldOuts:
-    @pytest.mark.parametrize(
-        "hold_out, count",
-        [((), 24), (("red",), 20), (("ball",), 18), (("blue cube",), 23), (("red", "ball", "blue cube"), 14)],
-    )
-    def test_targets(self, hold_out, count):
-        targets = Recording(1, hold_out=hold_out).targets()
-        assert len(targets) == count
-        for name in targets:
-            assert not {name, *name.split()} & set(hold_out)
-
-    def test_in_a_recording(self, tmp_path):
         colors = [color for color in COLORS if color != "green"]
-        shapes = [shape for shape in SHAPES if shape != "cube"]
         output = tmp_path / "dataset"
         command = ["--episodes", "3", "--image_size", "8", "--output", str(output), "--tasks", "pick", "--randomize"]
-        main([*command, "--hold_out", *colors, *shapes])
+        main([*command, "--objects", "cube", "--hold_out", *colors])
         lines = [json.loads(line) for line in (output / "meta/tabletop.jsonl").read_text().splitlines()]
         assert {(line["options"]["target"], line["options"]["task"]) for line in lines} == {("green cube", "pick")}
         assert all("green cube" in line["instruction"] and line["environment"]["randomize"] for line in lines)
@@ -526,7 +505,8 @@ class TestRefused:
             ({"detour": 1.5}, "`detour` is a share of the episodes, from 0 to 1; got 1.5"),
             ({"cameras": ()}, "`cameras` must be among"),
             ({"cameras": ("top",)}, r"`cameras` must be among .* got \['top'\]"),
-            ({"hold_out": ("pink",)}, r"got \['pink'\]"),
+            ({"objects": ("pink",)}, r"`objects` takes .* got \['pink'\]"),
+            ({"hold_out": ("pink",)}, r"`hold_out` takes .* got \['pink'\]"),
             ({"hold_out": tuple(COLORS)}, "leaves no object"),
             ({"video": True, "image_size": 33}, "`image_size` must be even for videos, got 33"),
         ],

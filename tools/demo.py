@@ -17,13 +17,11 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedM
 
 from robot_data.episode import dimension_names
 from tabletop.environment import TabletopEnv
-from tabletop.record import Recording
+from tabletop.scene import HELD_OUT
 
 
 UNITS = ("m", "m", "m", "rad", "rad", "rad", "0 closed, 1 open")
 SCENE = 100_000  # apart from the seeds of the rollouts
-# Of the policy of this repository: what was left to be learned from a few demonstrations.
-HELD_OUT = ("purple", "ball")
 
 
 def load(source: str) -> tuple[PreTrainedModel, ProcessorMixin]:
@@ -36,8 +34,7 @@ def load(source: str) -> tuple[PreTrainedModel, ProcessorMixin]:
 def show_action(model: PreTrainedModel, processor: ProcessorMixin, output_dir: Path) -> None:
     """Print what the policy would do in one scene, and how sure it is."""
     side = processor.image_processor.input_sizes[0][-1]
-    known = Recording(episodes=1, hold_out=HELD_OUT).targets()
-    observation, _ = TabletopEnv(image_size=side, cameras=("image",), objects=known).reset(seed=SCENE)
+    observation, _ = TabletopEnv(image_size=side, cameras=("image",), hold_out=HELD_OUT).reset(seed=SCENE)
     path = output_dir / "picture.png"
     Image.fromarray(observation["image"]).save(path)
     state = {"state": observation["state"]} if processor.use_proprio else {}
@@ -70,9 +67,8 @@ def main() -> int:
     show_action(model, processor, arguments.output_dir)
     print(f"[3/3] {arguments.episodes} episodes of each task on the simulated tabletop, in scenes it has never seen,")
     print(f"      with objects to handle that it has learned (all but: {', '.join(HELD_OUT)})")
-    known = json.dumps({"objects": Recording(episodes=1, hold_out=HELD_OUT).targets()})
     rollouts = {"--policy": arguments.policy, "--episodes": arguments.episodes, "--output_dir": arguments.output_dir}
-    rollouts |= {"--seed": SCENE + 1, "--env_arguments": known}
+    rollouts |= {"--seed": SCENE + 1, "--env_arguments": json.dumps({"hold_out": HELD_OUT})}
     flags = [str(part) for flag in rollouts.items() for part in flag]
     status = evaluate_policy([*flags, "--trust_remote_code", "--overwrite"])
     if status == 0:

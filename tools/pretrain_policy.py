@@ -47,7 +47,7 @@ from transformers import PreTrainedModel, ProcessorMixin, set_seed
 
 sys.path.insert(0, str(REPOSITORY))
 
-from tabletop.record import Recording
+from tabletop.scene import object_names
 from tabletop.tasks import WORDINGS
 from training.smoothing import smoothed_nll
 
@@ -605,7 +605,7 @@ def main() -> None:
     parser.add_argument("--torch_compile", action="store_true", help="faster after a minute; needs a C++ compiler")
     arguments = parser.parse_args()
     try:
-        known = Recording(episodes=1, hold_out=tuple(arguments.hold_out)).targets()
+        known = object_names(hold_out=arguments.hold_out)
         model, processor = load_policy(arguments.policy, dtype=torch.float32)
     except (OSError, ValueError) as error:
         parser.error(str(error))
