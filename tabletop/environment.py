@@ -47,8 +47,8 @@ class TabletopEnv(gymnasium.Env):
         cameras (`tuple[str]`, defaults to `("image", "wrist_image")`): Pictures to render; the others stay black.
             Without any, steps cost a tenth.
         max_steps (`int`, defaults to 120): Actions before `timeout`.
-        objects (`Sequence[str]`, *optional*): Colours, shapes or names (`red cube`) of what may be the target; by default
-            everything.
+        objects (`Sequence[str]`, *optional*): Colours, shapes or names (`red cube`) of what may be the target. All by
+            default.
         hold_out (`Sequence[str]`): Colours, shapes or names of what may not.
         randomize (`bool`, defaults to `False`): Vary cameras, light and colours from episode to episode.
         render_mode (`str`, defaults to `"rgb_array"`): The only one there is.
