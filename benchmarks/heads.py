@@ -32,6 +32,7 @@ from load_policy import load_policy  # noqa: E402
 from preprocessing import machine  # noqa: E402
 from training_modes import as_flags, run, versions  # noqa: E402
 
+from evaluation.policies import ModelPolicy  # noqa: E402
 from tabletop.environment import TabletopEnv  # noqa: E402
 from tabletop.scene import HELD_OUT  # noqa: E402
 
@@ -90,23 +91,20 @@ def time_predictions(policies: dict[str, Path], repetitions: int) -> dict[str, d
     Returns:
         `dict`: By the name of the head: `prediction_ms`, `action_ms`, `actions_per_prediction`.
     """
-    loaded = {name: load_policy(str(path)) for name, path in policies.items()}
-    side = next(iter(loaded.values()))[1].image_processor.input_sizes[0][-1]
-    observation, _ = TabletopEnv(image_size=side, cameras=("image",)).reset(seed=TIMED_SCENE)
+    loaded = {name: ModelPolicy(*load_policy(str(path))) for name, path in policies.items()}
+    (side, *_) = {policy.image_size for policy in loaded.values()}
+    seen, _ = TabletopEnv(image_size=side).reset(seed=TIMED_SCENE)
     times: dict[str, list[float]] = {name: [] for name in loaded}
     for repetition in range(repetitions + 3):  # the first few warm up
-        for name, (model, processor) in loaded.items():
+        for name, policy in loaded.items():
+            states = [seen["state"]] if policy.processor.use_proprio else None
             began = time.perf_counter()
-            inputs = processor(
-                instruction=observation["instruction"], images=observation["image"], state=observation["state"]
-            )
-            model.predict_action(**inputs)
+            policy.predict_chunks([seen["instruction"]], [[seen[camera] for camera in policy.cameras]], states)
             if repetition >= 3:
                 times[name].append(1000 * (time.perf_counter() - began))
     result = {}
-    for name, (_, processor) in loaded.items():
-        median = statistics.median(times[name])
-        size = processor.chunk_size
+    for name, policy in loaded.items():
+        median, size = statistics.median(times[name]), policy.processor.chunk_size
         result[name] = {"prediction_ms": median, "action_ms": median / size, "actions_per_prediction": size}
     return result
 
