@@ -108,7 +108,7 @@ def sends_arrays(fields: Any) -> bool:
 def _cameras(fields: Mapping[str, Any], num_images: int) -> list[tuple[str, Any]]:
     """Names and values of the pictures that the policy looks at."""
     cameras = _given_cameras(fields)
-    if num_images > 1 and len(cameras) != num_images or not cameras:
+    if (num_images > 1 and len(cameras) != num_images) or not cameras:
         raise ObservationError(
             f"The policy looks at {num_images} picture(s), the observation has {[name for name, _ in cameras]}: the "
             f"first as one of {list(FRONT_CAMERAS)}, further ones under names with `wrist` in them, or `images` with "
@@ -140,12 +140,12 @@ def _state(fields: Mapping[str, Any]) -> np.ndarray:
 def _numbers(name: str, value: Any) -> np.ndarray:
     """Finite float64 (P,); a lone number is (1,)."""
     try:
-        numbers = np.atleast_1d(np.asarray(value, dtype=np.float64))
-    except (TypeError, ValueError, OverflowError) as error:
+        numbers = np.atleast_1d(value)
+    except ValueError as error:  # rows of different lengths
         raise ObservationError(f"`{name}` must be a list of numbers.") from error
-    if numbers.ndim != 1 or not np.isfinite(numbers).all():
-        raise ObservationError(f"`{name}` must be a list of finite numbers, got shape {numbers.shape}.")
-    return numbers
+    if numbers.dtype.kind not in "biuf" or numbers.ndim != 1 or not np.isfinite(numbers).all():
+        raise ObservationError(f"`{name}` must be a list of finite numbers, got {numbers.dtype} {numbers.shape}.")
+    return numbers.astype(np.float64)
 
 
 def _text(fields: Mapping[str, Any], names: tuple[str, ...], limit: int) -> str | None:

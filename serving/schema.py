@@ -113,8 +113,8 @@ _GUARDED = _failures(
 )
 ACT_RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {
-        "description": "For pictures in base64 and forms, an object; for arrays, what the published servers answer: an "
-        "array, to `full_image` a list of arrays, to `encoded` the same as a JSON text in a string",
+        "description": "For pictures in base64 and forms, an object; for arrays, what the published servers answer: "
+        "an array, to `full_image` a list of arrays, to `encoded` the same as a JSON text in a string",
         "content": {
             "application/json": {
                 "schema": {"anyOf": [_PLAIN_ANSWER, _ARRAY, {"type": "array", "items": _ARRAY}, {"type": "string"}]}

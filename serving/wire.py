@@ -27,6 +27,7 @@ MAX_DEPTH = 16
 _MAPS = frozenset((*range(0x80, 0x90), 0xDE, 0xDF))
 _ARRAYS = frozenset((*range(0x90, 0xA0), 0xDC, 0xDD))
 _EXTENSIONS = frozenset((*range(0xC7, 0xCA), *range(0xD4, 0xD9)))
+_NESTED = _MAPS | _ARRAYS | _EXTENSIONS
 
 
 class WireError(ValueError):
@@ -104,7 +105,7 @@ class _FrameReader:
         kind = self._kind()
         if kind in _MAPS:
             size = self._unpacker.read_map_header()
-            return _array_of_msgpack(dict((self._key(), self.read(depth - 1)) for _ in range(size)))
+            return _array_of_msgpack({self._key(): self.read(depth - 1) for _ in range(size)})
         if kind in _ARRAYS:
             return [self.read(depth - 1) for _ in range(self._unpacker.read_array_header())]
         if kind in _EXTENSIONS:
@@ -115,9 +116,8 @@ class _FrameReader:
         return self._data[self.position] if self.position < len(self._data) else None
 
     def _key(self) -> str | bytes:
-        if self._kind() in _MAPS | _ARRAYS | _EXTENSIONS or not isinstance(
-            key := self._unpacker.unpack(), str | bytes
-        ):
+        key = None if self._kind() in _NESTED else self._unpacker.unpack()
+        if not isinstance(key, str | bytes):
             raise WireError("The keys of a map must be strings.")
         return key
 
@@ -125,8 +125,14 @@ class _FrameReader:
 def _json_array(value: Any) -> dict[str, Any]:
     if not isinstance(value, np.ndarray | np.generic):
         raise TypeError(f"{type(value).__name__} has no form in JSON.")
+    _check_sendable(value)
     content = base64.b64encode(value.tobytes()).decode()  # in C order
     return {"__numpy__": content, "dtype": value.dtype.str, "shape": list(value.shape)}
+
+
+def _check_sendable(value: Any) -> None:
+    if isinstance(value, np.ndarray | np.generic) and value.dtype.str not in DTYPES:
+        raise ValueError(f"Arrays of dtype {value.dtype} are not sent; convert them to one of {sorted(DTYPES)}.")
 
 
 def _array_of_json(value: dict[str, Any]) -> Any:
@@ -141,8 +147,7 @@ def _array_of_json(value: dict[str, Any]) -> Any:
 
 
 def _msgpack_array(value: Any) -> Any:
-    if isinstance(value, np.ndarray | np.generic) and value.dtype.kind in "VOc":
-        raise ValueError(f"Arrays of dtype {value.dtype} are not sent.")
+    _check_sendable(value)
     if isinstance(value, np.ndarray):
         return {b"__ndarray__": True, b"data": value.tobytes(), b"dtype": value.dtype.str, b"shape": value.shape}
     if isinstance(value, np.generic):
