@@ -248,7 +248,7 @@ def test_pictures_are_limited(camera_image):
     with pytest.raises(ObservationError, match="pixels; at most"):
         read_picture("image", encoded(Image.new("1", (side, side)), "PNG"))
     for damaged in (png[: len(png) // 2], encoded(camera_image, "JPEG")[:2000], encoded(camera_image, "JPEG")[:200]):
-        with pytest.raises(ObservationError, match="damaged|neither"):
+        with pytest.raises(ObservationError, match=r"damaged|neither"):
             read_picture("image", damaged)
     for kind in ("GIF", "BMP", "TIFF", "PPM"):  # formats with other decoders are not tried
         with pytest.raises(ObservationError, match="neither"):
