@@ -79,6 +79,7 @@ class Policy:
     def describe(self) -> dict[str, Any]:
         """What a client may want to know, in plain types."""
         config, statistics = self.model.config, self.model.norm_stats
+        states = {key: each for key, each in statistics.items() if self.processor.use_proprio and "proprio" in each}
         return {
             "policy": self.name,
             "head_type": config.head_type,
@@ -87,6 +88,7 @@ class Policy:
             "image_size": int(self.processor.image_processor.input_sizes[0][-1]),
             "use_proprio": bool(self.processor.use_proprio),
             "action_dims": {key: int(self.model.get_action_dim(key)) for key in sorted(statistics)},
+            "state_dims": {key: len(each["proprio"]["mean"]) for key, each in states.items()},
             "n_action_bins": config.n_action_bins,
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "device": str(self.model.device),

@@ -8,8 +8,8 @@ DESCRIPTION = """Actions of a vision-language-action policy.
 `POST /act` takes the messages of published OpenVLA and OpenVLA-OFT clients as they are, and pictures as JPEG or PNG.
 The websocket at `/` speaks openpi's protocol. Where the server has a token, send `Authorization: Bearer TOKEN`."""
 
-_PIXEL = (  # a gray PNG, 8 by 8
-    "iVBORw0KGgoAAAANSUhEUgAAAAgAAAAICAAAAADhZOFXAAAAEElEQVR4nGOor4cAhsHFAgBS1R/hN42/dQAAAABJRU5ErkJggg=="
+_GRAY = (  # a gray PNG, 8 by 8
+    "iVBORw0KGgoAAAANSUhEUgAAAAgAAAAICAAAAADhZOFXAAAAEElEQVR42mNsYIAAJgaKGAAmCACQtTEKkQAAAABJRU5ErkJggg=="
 )
 _PLAIN = {
     "type": "array",
@@ -80,14 +80,14 @@ ACT_REQUEST: dict[str, Any] = {
         "application/json": {
             "schema": {"anyOf": [_OBSERVATION, _ENCODED]},
             "examples": {
-                "picture": {"value": {"image": _PIXEL, "instruction": _INSTRUCTION}},
+                "picture": {"value": {"image": _GRAY, "instruction": _INSTRUCTION}},
                 "json_numpy": {
                     "value": {
                         "image": {"__numpy__": "gICA" * 64, "dtype": "|u1", "shape": [8, 8, 3]},
                         "instruction": _INSTRUCTION,
                     }
                 },
-                "encoded": {"value": {"encoded": f'{{"image": "{_PIXEL}", "instruction": "{_INSTRUCTION}"}}'}},
+                "encoded": {"value": {"encoded": f'{{"image": "{_GRAY}", "instruction": "{_INSTRUCTION}"}}'}},
             },
         },
         "multipart/form-data": {"schema": _FORM},

@@ -92,7 +92,13 @@ class StubPolicy:
         self.batches.append([row.instruction for row in rows])
         if any(row.instruction == "fail" for row in rows):
             raise FloatingPointError("The logits are not finite: /a/secret/path")
-        return [Prediction(np.full((1, row.action_dim), float(row.instruction.split()[-1]))) for row in rows]
+        return [Prediction(np.full((1, row.action_dim), _number(row.instruction))) for row in rows]
+
+
+def _number(instruction: str) -> float:
+    """Its last word, or 0 where this is no number."""
+    word = instruction.split()[-1]
+    return float(word) if word.isascii() and word.isdecimal() else 0.0
 
 
 PICTURE = np.arange(32 * 32 * 3, dtype=np.uint8).reshape(32, 32, 3)

@@ -36,6 +36,7 @@ INSTALLED = {
     "serving/remote_policy.py": [BASE, EVALUATION],
     "tools/merge_adapter.py": [TRAIN],
     "train_hf.py": [TRAIN],
+    "serving/__main__.py": [BASE, "requirements-serving.txt"],
 }
 ENTRY_POINTS = {
     path.relative_to(REPOSITORY).as_posix(): [BASE]
@@ -52,6 +53,7 @@ BROUGHT_ALONG = {
     "tqdm": "transformers",
     "pyyaml": "huggingface-hub",
     "fsspec": "huggingface-hub",
+    "starlette": "fastapi",
 }
 # Packages that are not installed here, and whose distributions have other names.
 OTHER_NAMES = {"libero": "hf-libero"}
