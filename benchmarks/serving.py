@@ -22,8 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPOSITORY))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import httpx
 import numpy as np
@@ -33,6 +32,7 @@ from websockets.sync.client import connect
 from serving.wire import pack, unpack
 
 
+REPOSITORY = Path(__file__).resolve().parent.parent
 SIDE = 224  # of the pictures: what robots send to openvla-7b
 WARM_UP_SECONDS = 2.0
 
@@ -72,10 +72,8 @@ def robot(port: int, seed: int, until: float, times: list[tuple[float, float]]) 
     with connect(f"ws://127.0.0.1:{port}", compression=None, max_size=None) as websocket:
         description = unpack(websocket.recv())
         key, size = next(iter(description["action_dims"].items()))
-        fields = {
-            "image": rng.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8),
-            "instruction": "pick up the red cube",
-        }
+        picture = rng.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
+        fields = {"image": picture, "instruction": "pick up the red cube"}
         for index in range(1, description["num_images"]):
             fields[f"wrist_{index}"] = picture
         fields |= {"state": np.full(description["state_dims"][key], 0.1)} if description["use_proprio"] else {}
