@@ -126,7 +126,7 @@ def _read_response(response: httpx.Response) -> Any:
     if response.status_code in RETRIED_STATUSES:
         raise _RetriedError(f"{response.status_code}: {response.text[:200]}")
     if response.status_code != 200:
-        raise PolicyServerError(_detail(response), response.status_code)
+        raise PolicyServerError(_detail(response.content), response.status_code)
     return _decoded(load_json, response.content)
 
 
@@ -137,11 +137,12 @@ def _decoded(decode: Callable[[bytes], Any], content: bytes) -> Any:
         raise PolicyServerError(f"The server speaks another protocol: {error}") from error
 
 
-def _detail(response: httpx.Response) -> str:
+def _detail(body: bytes) -> str:
+    """What the body of a refusal says."""
     try:
-        detail = response.json()["detail"]
-    except (ValueError, KeyError, TypeError):
-        detail = response.text
+        detail = load_json(body)["detail"]
+    except (WireError, KeyError, TypeError):
+        detail = body.decode(errors="replace")
     return str(detail)[:2000]
 
 
@@ -167,7 +168,7 @@ def _read_actions(content: Any) -> tuple[np.ndarray, dict[str, Any]]:
 def _failure_of_handshake(error: Exception) -> Exception:
     """What to raise where no websocket came about."""
     if isinstance(error, InvalidStatus) and error.response.status_code not in RETRIED_STATUSES:
-        message = error.response.body.decode(errors="replace")[:2000] if error.response.body else str(error)
+        message = _detail(error.response.body) if error.response.body else str(error)
         return PolicyServerError(message, error.response.status_code)
     return _RetriedError(str(error) or type(error).__name__)
 

@@ -34,6 +34,7 @@ INSTALLED = {
     "evaluation/libero_adapter.py": ["requirements-libero.txt"],
     "serving/robot_loop.py": [CLIENT],
     "serving/remote_policy.py": [BASE, EVALUATION],
+    "serving/ray_deployment.py": ["requirements-ray.txt"],
     "tools/merge_adapter.py": [TRAIN],
     "train_hf.py": [TRAIN],
     "serving/__main__.py": [BASE, "requirements-serving.txt"],
