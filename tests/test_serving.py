@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 
 import httpx
 import msgpack
@@ -28,7 +28,7 @@ from websockets.sync.client import connect
 
 from serving import __main__ as command
 from serving.app import Settings
-from serving.engine import Policy
+from serving.engine import Policy, Prediction
 from serving.wire import dump_json, load_json, pack, unpack
 
 
@@ -452,8 +452,9 @@ def test_killed_clients_keep_nobody_waiting(stub):
         assert stub.batches == [["go 100"], ["go 3"]]
 
 
-def test_slow_readers_are_left(stub):
-    """A client that sends and never reads is closed once its answers find no room."""
+def test_slow_readers_are_left(stub, monkeypatch):
+    """A client that asks and never reads is left once its answers, of a megabyte each, find no room."""
+    monkeypatch.setattr(stub, "predict", lambda rows: [Prediction(np.zeros((20_000, 7))) for _ in rows])
     with running(stub, Settings(send_timeout=0.3)) as server, closing(raw(server)) as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
         key = base64.b64encode(bytes(16)).decode()
@@ -461,15 +462,16 @@ def test_slow_readers_are_left(stub):
             f"GET / HTTP/1.1\r\nHost: {server.address}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
             f"Sec-WebSocket-Key: {key}\r\nSec-WebSocket-Version: 13\r\n\r\n".encode()
         )
-        payload = pack({"endpoint": "reset", "session_id": "x"})
-        frame = bytes([0x82, 0x80 | len(payload), 0, 0, 0, 0]) + payload  # masked with zeros
-        client.settimeout(0.2)
-        with pytest.raises(OSError):
-            for _ in range(3000):
-                client.sendall(frame * 100)
-        assert post(server, observation()).status_code == 200
+        assert client.recv(1000).startswith(b"HTTP/1.1 101")
+        payload = pack(observation())
+        frame = bytes([0x82, 0x80 | 126]) + len(payload).to_bytes(2, "big") + bytes(4) + payload  # masked with zeros
+        client.settimeout(1.0)
+        with suppress(TimeoutError):  # the server stops reading, too
+            client.sendall(frame * 30)
+        until(lambda: server.service.metrics.outcomes.get("ok", 0) > 2)
         until(lambda: "openvla_websocket_connections 0.0" in httpx.get(f"{server.url}/metrics").text)
         assert server.service.num_unsent == 0
+        assert post(server, observation()).status_code == 200
 
 
 def test_nonsense_in_place_of_http(stub):
