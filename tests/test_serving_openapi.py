@@ -43,7 +43,7 @@ def test_the_examples_are_answered(server, description):
 def test_generated_requests(server, description, path, mode):
     operation = schemathesis.openapi.from_dict(description)[path]["POST"]
 
-    @settings(max_examples=80, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=40, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     @given(case=operation.as_strategy(mode))
     def check(case):
         response = case.call(base_url=server.url, timeout=10)
