@@ -591,13 +591,13 @@ def test_the_command(tmp_path):
 
 
 def until_ready(address: str) -> None:
-    for _ in range(240):
-        try:
-            if httpx.get(address).status_code == 200:
-                return
-        except httpx.TransportError:
-            pass
-        time.sleep(0.25)
+    deadline = time.monotonic() + 180
+    with httpx.Client() as http:
+        while time.monotonic() < deadline:
+            with suppress(httpx.TransportError):
+                if http.get(address).status_code == 200:
+                    return
+            time.sleep(0.25)
     raise AssertionError("The server does not come up.")
 
 
