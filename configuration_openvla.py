@@ -1,6 +1,7 @@
 # Copyright 2026 The OpenVLA repository authors. Licensed under the Apache License, Version 2.0.
 """Configuration of OpenVLA: the published fields, the vision towers and the language models that they name."""
 
+import copy
 import inspect
 import json
 import shutil
@@ -36,6 +37,15 @@ AUTO_MAP = {
     "AutoModelForCausalLM": "modeling_openvla.OpenVLAForActionPrediction",
     "AutoModelForImageTextToText": "modeling_openvla.OpenVLAForActionPrediction",
     "AutoModelForVision2Seq": "modeling_openvla.OpenVLAForActionPrediction",
+}
+
+# What `pipeline(model=...)` makes of a policy.
+CUSTOM_PIPELINES = {
+    "robotics": {
+        "impl": "pipeline_openvla.OpenVLAPipeline",
+        "pt": ["AutoModelForImageTextToText"],
+        "type": "multimodal",
+    }
 }
 
 
@@ -164,10 +174,10 @@ _DERIVED_FIELDS = ("timm_model_ids", "timm_override_act_layers", "image_sizes", 
 
 
 def copy_remote_code(source_file: str, save_directory: str | Path) -> None:
-    """Copy the `*_openvla.py` files that lie beside `source_file` into `save_directory`."""
+    """Copy the `*_openvla.py` files and `handler.py` that lie beside `source_file` into `save_directory`."""
     source = Path(source_file).resolve().parent
     target = Path(save_directory).resolve()
-    for path in source.glob("*_openvla.py"):
+    for path in [*source.glob("*_openvla.py"), *source.glob("handler.py")]:
         if source != target:
             shutil.copyfile(path, target / path.name)
 
@@ -377,6 +387,8 @@ class OpenVLAConfig(PretrainedConfig):
         self.closing_token_id = self._default_closing_token() if closing_token_id == "auto" else closing_token_id
 
         auto_map = kwargs.pop("auto_map", None) or {}
+        # A copy, since `pipeline` puts classes in the place of their names.
+        self.custom_pipelines = copy.deepcopy(kwargs.pop("custom_pipelines", None) or CUSTOM_PIPELINES)
         super().__init__(pad_token_id=pad_token_id, tie_word_embeddings=tie_word_embeddings, **kwargs)
         self.pad_token_id = pad_token_id
         self.tie_word_embeddings = tie_word_embeddings
@@ -475,6 +487,9 @@ class OpenVLAConfig(PretrainedConfig):
     def to_dict(self) -> dict[str, Any]:
         """As [`PretrainedConfig.to_dict`], readable by every supported version of transformers."""
         output = super().to_dict()
+        output["custom_pipelines"] = {
+            task: _with_class_names(entry) for task, entry in output["custom_pipelines"].items()
+        }
         # transformers 5 writes the settings of the rotary embedding here only, where 4.57 does not look.
         rope = dict(output["text_config"].get("rope_parameters") or {})
         for name in ("rope_theta", "partial_rotary_factor"):
@@ -628,6 +643,15 @@ class OpenVLAConfig(PretrainedConfig):
             )
         if not self.append_stop_token:
             raise ValueError("`append_stop_token=False` means nothing where action tokens are decoded one by one.")
+
+
+def _with_class_names(entry: dict[str, Any]) -> dict[str, Any]:
+    """An entry of `custom_pipelines` as JSON holds it: a pipeline that was made of it has left classes there."""
+    lists = {key: value for key, value in entry.items() if isinstance(value, (list, tuple))}
+    names = {
+        key: [each.__name__ if isinstance(each, type) else each for each in value] for key, value in lists.items()
+    }
+    return {**entry, **names}
 
 
 def _look_up(field: str, name: str | None, table: dict[str, Any]) -> Any:

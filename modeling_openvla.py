@@ -62,6 +62,10 @@ from .decoding_openvla import (
 )
 from .fast_tokenizer_openvla import FastTokenizer, ids_to_tokens
 
+# The model needs neither, but what it does not import is not fetched with it, and could not be saved with it.
+from .handler import EndpointHandler  # noqa: F401
+from .pipeline_openvla import OpenVLAPipeline  # noqa: F401
+
 
 logger = logging.get_logger(__name__)
 

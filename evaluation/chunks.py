@@ -23,6 +23,11 @@ class ChunkQueue:
         self._actions: deque[np.ndarray] = deque()
 
     @property
+    def num_left(self) -> int:
+        """Actions of the chunk that are left."""
+        return len(self._actions)
+
+    @property
     def needs_chunk(self) -> bool:
         """Whether the next action needs a new chunk."""
         return not self._actions

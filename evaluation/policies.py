@@ -1,6 +1,7 @@
 """What a rollout drives: a model, or a baseline that tells whether the wiring or the model is at fault."""
 
-from collections.abc import Callable, Collection
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -52,41 +53,49 @@ class RandomPolicy:
         return rng.uniform(space.low, space.high).astype(np.float32)
 
 
-class ModelPolicy:
+class ChunkedPolicy(ABC):
     """
-    A policy model with its processor. It looks at as many cameras as the processor takes images, and gets the state
-    where the processor takes one.
+    Spends the chunks of each episode, and asks for new ones where they are spent.
 
     Args:
-        model: With `predict_action` and `get_action_dim`.
-        processor: Takes `instruction` and `images`, and tells `chunk_size`, `num_images` and `use_proprio`.
-        unnorm_key (`str`, *optional*): Dataset whose statistics scale the actions.
+        cameras (`Sequence[str]`): Names of the pictures that the policy looks at, in its order.
+        action_dim (`int`): Numbers per action.
+        use_proprio (`bool`): Whether it takes the state.
         make_queue (`Callable`, *optional*): Makes what spends the chunks of an episode, a [`ChunkQueue`] (the default,
             which takes all actions of a chunk) or a [`TemporalEnsemble`].
-
-    Raises:
-        ValueError: If `unnorm_key` is unknown, or the policy looks at more cameras than environments have.
     """
 
     def __init__(
         self,
-        model: Any,
-        processor: Any,
-        unnorm_key: str | None = None,
+        cameras: Sequence[str],
+        action_dim: int,
+        use_proprio: bool,
         make_queue: Callable[[], ChunkQueue | TemporalEnsemble] = ChunkQueue,
     ):
-        if processor.num_images > len(CAMERAS):
-            raise ValueError(f"The policy looks at {processor.num_images} images; environments have {CAMERAS}.")
-        self.model, self.processor, self.unnorm_key = model, processor, unnorm_key
-        self.action_dim = model.get_action_dim(unnorm_key)
-        self.cameras = CAMERAS[: processor.num_images]
-        self._make_queue = make_queue
+        self.cameras, self.action_dim, self.use_proprio = tuple(cameras), action_dim, use_proprio
+        self.make_queue = make_queue
         self._queues: dict[int, ChunkQueue | TemporalEnsemble] = {}
 
     @property
+    @abstractmethod
     def image_size(self) -> int:
         """Side of the model's picture in pixels."""
-        return self.processor.image_processor.input_sizes[0][-1]
+
+    @abstractmethod
+    def predict_chunks(
+        self, instructions: list[str], images: list[list[np.ndarray]], states: list[np.ndarray] | None = None
+    ) -> np.ndarray:
+        """
+        Chunks for a batch of observations.
+
+        Args:
+            instructions (`list[str]`): One per row.
+            images (`list[list[np.ndarray]]`): uint8 (H, W, 3), one per camera for each row.
+            states (`list[np.ndarray]`, *optional*): (S,), one per row, where the policy takes one.
+
+        Returns:
+            `np.ndarray`: float64 (B, K, D).
+        """
 
     def act(self, runs: list[Run]) -> np.ndarray:
         """Actions (B, D): where the chunk of a run is spent, from a new one, in one batch for all such runs."""
@@ -103,33 +112,67 @@ class ModelPolicy:
             begun (`Collection[int]`): The episodes that begin: no chunk under their numbers is theirs.
         """
         kept = {index: queue for index, queue in self._queues.items() if index not in begun}
-        self._queues = {index: kept.get(index) or self._make_queue() for index in observations}
+        self._queues = {index: kept.get(index) or self.make_queue() for index in observations}
         asking = [index for index in observations if self._queues[index].needs_chunk]
         if asking:
             seen = [observations[index] for index in asking]
             chunks = self.predict_chunks(
                 [observation["instruction"] for observation in seen],
                 [[observation[camera] for camera in self.cameras] for observation in seen],
-                [observation["state"] for observation in seen] if self.processor.use_proprio else None,
+                [observation["state"] for observation in seen] if self.use_proprio else None,
             )
             for index, chunk in zip(asking, chunks, strict=True):
                 self._queues[index].add(chunk)
         return np.stack([queue.next_action() for queue in self._queues.values()])
 
+
+def cameras_of(num_images: int) -> tuple[str, ...]:
+    """
+    The cameras of a policy that looks at so many pictures.
+
+    Raises:
+        ValueError: If environments have fewer.
+    """
+    if num_images > len(CAMERAS):
+        raise ValueError(f"The policy looks at {num_images} images; environments have {CAMERAS}.")
+    return CAMERAS[:num_images]
+
+
+class ModelPolicy(ChunkedPolicy):
+    """
+    A policy model with its processor. It looks at as many cameras as the processor takes images, and gets the state
+    where the processor takes one.
+
+    Args:
+        model: With `predict_action` and `get_action_dim`.
+        processor: Takes `instruction` and `images`, and tells `chunk_size`, `num_images` and `use_proprio`.
+        unnorm_key (`str`, *optional*): Dataset whose statistics scale the actions.
+        make_queue (`Callable`, *optional*): See [`ChunkedPolicy`].
+
+    Raises:
+        ValueError: If `unnorm_key` is unknown, or the policy looks at more cameras than environments have.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        unnorm_key: str | None = None,
+        make_queue: Callable[[], ChunkQueue | TemporalEnsemble] = ChunkQueue,
+    ):
+        self.model, self.processor, self.unnorm_key = model, processor, unnorm_key
+        cameras = cameras_of(processor.num_images)
+        super().__init__(cameras, model.get_action_dim(unnorm_key), processor.use_proprio, make_queue)
+
+    @property
+    def image_size(self) -> int:
+        """Side of the model's picture in pixels."""
+        return self.processor.image_processor.input_sizes[0][-1]
+
     def predict_chunks(
         self, instructions: list[str], images: list[list[np.ndarray]], states: list[np.ndarray] | None = None
     ) -> np.ndarray:
-        """
-        Chunks for a batch of observations.
-
-        Args:
-            instructions (`list[str]`): One per row.
-            images (`list[list[np.ndarray]]`): uint8 (H, W, 3), one per camera for each row.
-            states (`list[np.ndarray]`, *optional*): (S,), one per row, where the policy takes one.
-
-        Returns:
-            `np.ndarray`: float64 (B, K, D).
-        """
+        """See [`ChunkedPolicy.predict_chunks`]."""
         inputs = self.processor(
             instruction=instructions,
             images=images,

@@ -25,6 +25,8 @@ from PIL import Image  # noqa: E402
 
 
 GOLDEN = FIXTURES / "openvla_tiny"
+# What travels with every checkpoint.
+REMOTE_CODE = sorted([*REPOSITORY.glob("*_openvla.py"), REPOSITORY / "handler.py"])
 
 
 def golden_towers() -> list[dict]:

@@ -13,7 +13,7 @@ import convert_checkpoint
 import numpy as np
 import pytest
 import torch
-from conftest import FIXTURES, GOLDEN, REPOSITORY, TINY_POLICY, golden_towers
+from conftest import FIXTURES, GOLDEN, REMOTE_CODE, REPOSITORY, TINY_POLICY, golden_towers
 from convert_checkpoint import convert
 from hub_server import HubServer
 from load_policy import repository_class
@@ -512,7 +512,7 @@ def test_published_checkpoint(published, tmp_path, golden_tensors, capsys):
     assert [kept[name] for name in ids] == [given[name] for name in ids]
     normalize = [read_json(directory / "preprocessor_config.json") for directory in (out, published)]
     assert normalize[0]["tvf_normalize_params"] == normalize[1]["tvf_normalize_params"]
-    code = {path.name for path in REPOSITORY.glob("*_openvla.py")}
+    code = {path.name for path in REMOTE_CODE}
     assert {path.name for path in out.glob("*.py")} == code
     card = (out / "README.md").read_text()
     assert "4.40.1" not in card
@@ -522,10 +522,10 @@ def test_published_checkpoint(published, tmp_path, golden_tensors, capsys):
 
 def test_code_of_a_source_is_replaced_and_never_run(published, tmp_path):
     convert(published, tmp_path / "ours")
-    for path in (tmp_path / "ours").glob("*_openvla.py"):
+    for path in (tmp_path / "ours").glob("*.py"):
         path.write_text("raise RuntimeError('this code ran')")
     convert(tmp_path / "ours", tmp_path / "again", dtype="float32")
-    for path in REPOSITORY.glob("*_openvla.py"):
+    for path in REMOTE_CODE:
         assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes()
     assert read_json(tmp_path / "again" / "config.json")["dtype"] == "float32"
 

@@ -12,7 +12,7 @@ import merge_adapter
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, REPOSITORY, TINY_POLICY, golden_towers, load_golden
+from conftest import GOLDEN, REMOTE_CODE, REPOSITORY, TINY_POLICY, golden_towers, load_golden
 from hub_server import HubServer
 from load_policy import load_policy, repository_class
 from merge_adapter import Adapter, merge
@@ -183,7 +183,7 @@ class TestRepository:
         assert config == expected
         written = contents(tmp_path / "out_policy")
         assert {name: written[name] for name in written if name.endswith(".py")} == {
-            path.name: path.read_bytes() for path in REPOSITORY.glob("*_openvla.py")
+            path.name: path.read_bytes() for path in REMOTE_CODE
         }
         for name in ("generation_config.json", "dataset_statistics.json"):
             assert written[name] == (tmp_path / "peft" / name).read_bytes()

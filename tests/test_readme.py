@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import transformers
-from conftest import REPOSITORY, TINY_POLICY
+from conftest import REMOTE_CODE, REPOSITORY, TINY_POLICY
 from hub_server import HubServer
 from load_policy import load_policy
 
@@ -115,7 +115,7 @@ def test_metadata():
     assert data.license == "apache-2.0"
 
 
-@pytest.mark.parametrize("path", sorted(REPOSITORY.glob("*_openvla.py")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", REMOTE_CODE, ids=lambda path: path.name)
 def test_remote_code_imports_nothing_else(path):
     """Every import in these files is a requirement for everyone who loads a checkpoint."""
     allowed = {
@@ -132,7 +132,7 @@ def test_remote_code_imports_nothing_else(path):
         "torch",
         "PIL",
     }
-    allowed |= {"codecs", "contextlib", "tokenizers", "transformers"}
+    allowed |= {"base64", "codecs", "contextlib", "io", "tokenizers", "transformers"}
     source = path.read_text(encoding="utf-8")
     # The patterns that transformers looks for, in docstrings and functions too.
     found = re.findall(r"^\s*from\s+([^.\s]\S*)\s+import|^\s*import\s+(\S+)", source, flags=re.MULTILINE)

@@ -14,8 +14,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 
-BASE, DATA, TABLETOP, EVALUATION, TRAIN = (
-    f"requirements{name}.txt" for name in ("", "-data", "-tabletop", "-evaluation", "-train")
+BASE, CLIENT, DATA, TABLETOP, EVALUATION, TRAIN = (
+    f"requirements{name}.txt" for name in ("", "-client", "-data", "-tabletop", "-evaluation", "-train")
 )
 # What is installed for each part of the repository, beside what is run from the root and from tools/.
 INSTALLED = {
@@ -32,8 +32,12 @@ INSTALLED = {
     "tools/demo.py": [BASE, EVALUATION],
     "evaluation/robosuite_adapter.py": ["requirements-robosuite.txt"],
     "evaluation/libero_adapter.py": ["requirements-libero.txt"],
+    "serving/robot_loop.py": [CLIENT],
+    "serving/remote_policy.py": [BASE, EVALUATION],
+    "serving/ray_deployment.py": ["requirements-ray.txt"],
     "tools/merge_adapter.py": [TRAIN],
     "train_hf.py": [TRAIN],
+    "serving/__main__.py": [BASE, "requirements-serving.txt"],
 }
 ENTRY_POINTS = {
     path.relative_to(REPOSITORY).as_posix(): [BASE]
@@ -50,6 +54,7 @@ BROUGHT_ALONG = {
     "tqdm": "transformers",
     "pyyaml": "huggingface-hub",
     "fsspec": "huggingface-hub",
+    "starlette": "fastapi",
 }
 # Packages that are not installed here, and whose distributions have other names.
 OTHER_NAMES = {"libero": "hf-libero"}

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import REPOSITORY, TINY_POLICY
+from conftest import REMOTE_CODE, REPOSITORY, TINY_POLICY
 from hub_server import HubServer
 from load_policy import load_policy, repository_class
 from safetensors.torch import load_file, save_file
 
 
-CODE = {path.name for path in REPOSITORY.glob("*_openvla.py")}
+CODE = {path.name for path in REMOTE_CODE}
 PROCESSOR_FILES = {"preprocessor_config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json"}
 MODEL_FILES = {"config.json", "generation_config.json", "model.safetensors", "dataset_statistics.json"}
 
@@ -260,8 +260,8 @@ def test_published_repository(saved, tmp_path):
     """A source whose `auto_map` names other code: it is loaded all the same, and that code never runs."""
     published = tmp_path / "published"
     shutil.copytree(saved[0], published)
-    for path in published.glob("*_openvla.py"):
-        path.unlink()
+    for name in CODE:
+        (published / name).unlink()
     for name in ("configuration_prismatic.py", "modeling_prismatic.py", "processing_prismatic.py"):
         (published / name).write_text("raise RuntimeError('this code must not run')\n")
     for name, auto_map in {

@@ -5,8 +5,10 @@ Judge a policy: roll it out in a simulator and report its success, or compare it
     python tools/evaluate_policy.py --policy expert --tasks pick push --video mp4 --output_dir results
     python tools/evaluate_policy.py --policy replay:demonstrations
     python tools/evaluate_policy.py --policy . --open_loop demonstrations --output_dir results
+    python tools/evaluate_policy.py --policy ws://127.0.0.1:8000
 
-`--policy` is a directory, a Hub id, or a baseline: `expert` (the scripted one), `random`, or `replay:DATASET`, the
+`--policy` is a directory, a Hub id, the address of a policy server (`python -m serving`; its token is read from the
+environment variable OPENVLA_TOKEN), or a baseline: `expert` (the scripted one), `random`, or `replay:DATASET`, the
 actions of a dataset that `python -m tabletop.record` wrote, each episode in its own scene. A replay succeeds; where it
 does and a model does not, the model is at fault and not the wiring.
 
@@ -22,6 +24,8 @@ waiting for each other, and an action can take ten times as long.
 
 import argparse
 import json
+import logging
+import os
 import platform
 import sys
 import time
@@ -40,7 +44,7 @@ sys.path.insert(0, str(REPOSITORY))
 
 from evaluation.chunks import ChunkQueue, TemporalEnsemble
 from evaluation.environments import ADAPTERS, TABLETOP, Environment
-from evaluation.policies import ExpertPolicy, ModelPolicy, RandomPolicy
+from evaluation.policies import ChunkedPolicy, ExpertPolicy, ModelPolicy, RandomPolicy
 from evaluation.replay import Replay, ReplayPolicy, load_replay
 from evaluation.report import (
     VIDEO_FORMATS,
@@ -60,8 +64,11 @@ if TYPE_CHECKING:
     from evaluation.open_loop import Comparison
 
 
+logger = logging.getLogger("evaluate_policy")
+
 BASELINES = {"expert": ExpertPolicy, "random": RandomPolicy}
 REPLAY = "replay:"
+SERVERS = ("http://", "https://", "ws://", "wss://")
 DEFAULT_EPISODES = 20
 PACKAGES = ("torch", "transformers", "numpy", "mujoco", "gymnasium", "pillow")
 CHUNK_FLAGS = ("actions_per_chunk", "temporal_ensemble")
@@ -77,7 +84,8 @@ ROLLOUT_FLAGS = (
     "model_card",
     *CHUNK_FLAGS,
 )
-MODEL_FLAGS = (*CHUNK_FLAGS, "unnorm_key", "dtype", "device", "trust_remote_code")
+LOADING_FLAGS = ("dtype", "device", "trust_remote_code")
+MODEL_FLAGS = (*CHUNK_FLAGS, "unnorm_key", *LOADING_FLAGS)
 OPEN_LOOP_FLAGS = ("frames", "camera", "batch_size")
 
 
@@ -93,6 +101,8 @@ def make_policy(arguments: argparse.Namespace) -> Policy:
     """
     if arguments.policy in BASELINES:
         return BASELINES[arguments.policy]()
+    if arguments.policy.startswith(SERVERS):
+        return connect_policy(arguments)
     try:
         model, processor = load_policy(
             arguments.policy, trust_remote_code=arguments.trust_remote_code, dtype=arguments.dtype
@@ -105,6 +115,24 @@ def make_policy(arguments: argparse.Namespace) -> Policy:
         ) from error
     make_queue = make_chunk_queue(arguments, processor.chunk_size)
     return ModelPolicy(model.to(arguments.device), processor, arguments.unnorm_key, make_queue)
+
+
+def connect_policy(arguments: argparse.Namespace) -> ChunkedPolicy:
+    """
+    The policy of a server.
+
+    Raises:
+        ValueError: If there is no server, or it refuses; one line.
+    """
+    from serving.client import PolicyServerError
+    from serving.remote_policy import RemotePolicy
+
+    try:
+        policy = RemotePolicy(arguments.policy, token=os.environ.get("OPENVLA_TOKEN"), unnorm_key=arguments.unnorm_key)
+    except (PolicyServerError, TimeoutError) as error:
+        raise ValueError(f"The policy server cannot be used: {error}") from error
+    policy.make_queue = make_chunk_queue(arguments, policy.description["chunk_size"])
+    return policy
 
 
 def make_chunk_queue(arguments: argparse.Namespace, chunk_size: int) -> Callable[[], ChunkQueue | TemporalEnsemble]:
@@ -141,7 +169,7 @@ def make_environment(arguments: argparse.Namespace, policy: Policy, recorded: di
         recorded (`dict[str, Any]`): Arguments of the environment that a replay was recorded in, else empty.
     """
     defaults = dict(recorded)
-    if arguments.env == TABLETOP and isinstance(policy, ModelPolicy):
+    if arguments.env == TABLETOP and isinstance(policy, ChunkedPolicy):
         defaults["image_size"] = policy.image_size
     if arguments.env == TABLETOP or (arguments.adapter is None and arguments.env.partition(":")[0] in ADAPTERS):
         defaults["cameras"] = policy.cameras
@@ -210,11 +238,14 @@ def introduce(policy: Policy, environment: Environment) -> tuple[tuple[str, ...]
     Raises:
         ValueError: If the environment cannot be made, or the policy's actions are not of its dimension.
     """
-    if isinstance(policy, ModelPolicy) and policy.action_dim != ACTION_DIM:
+    if isinstance(policy, ChunkedPolicy) and policy.action_dim != ACTION_DIM:
         raise ValueError(f"The robot takes actions of {ACTION_DIM} dimensions; the model's have {policy.action_dim}.")
     env = environment.make()
-    if isinstance(policy, ModelPolicy) and env.has_wrapper_attr("configure_policy"):
-        env.get_wrapper_attr("configure_policy")(policy)
+    if env.has_wrapper_attr("configure_policy"):
+        if isinstance(policy, ModelPolicy):
+            env.get_wrapper_attr("configure_policy")(policy)
+        elif isinstance(policy, ChunkedPolicy):
+            logger.warning("%s sets how a model's pictures are made, which a server decides itself.", environment.id)
     known_tasks, control_rate = env.get_wrapper_attr("tasks"), env.metadata["render_fps"]
     env.close()
     return known_tasks, control_rate
@@ -339,6 +370,8 @@ def check_arguments(arguments: argparse.Namespace, defaults: dict[str, Any]) -> 
         raise ValueError(f"`--model_card` takes the success of a model, and {arguments.policy!r} is none.")
     if arguments.open_loop and (arguments.policy == "expert" or arguments.policy.startswith(REPLAY)):
         raise ValueError(f"`--open_loop` compares a model, or `random`, with the dataset; got {arguments.policy!r}.")
+    if arguments.open_loop and arguments.policy.startswith(SERVERS):
+        raise ValueError("`--open_loop` needs the model itself, not a server: its statistics scale what is compared.")
     check_output(arguments)
 
 
@@ -346,13 +379,14 @@ def ignored_flags(arguments: argparse.Namespace) -> list[tuple[tuple[str, ...], 
     """Flags that this way of judging does not use, and why not."""
     is_replay, is_baseline = arguments.policy.startswith(REPLAY), arguments.policy in BASELINES
     no_model = (is_replay or is_baseline, MODEL_FLAGS, f"the policy {arguments.policy!r} is not a model")
+    is_remote = arguments.policy.startswith(SERVERS)
+    no_loading = (is_remote, LOADING_FLAGS, "the server has loaded its policy")
     no_rollout = (bool(arguments.open_loop), ROLLOUT_FLAGS, "`--open_loop` rolls nothing out")
     no_dataset = (not arguments.open_loop, OPEN_LOOP_FLAGS, "it goes with `--open_loop`")
     own_scenes = (is_replay, ("env", "adapter", "env_arguments", "seed"), "a replay has the scenes of its dataset")
     no_place = (arguments.output_dir is None, ("video",), "videos go to `--output_dir`")
-    return [
-        (flags, why) for applies, flags, why in (no_model, no_rollout, no_dataset, own_scenes, no_place) if applies
-    ]
+    reasons = (no_model, no_loading, no_rollout, no_dataset, own_scenes, no_place)
+    return [(flags, why) for applies, flags, why in reasons if applies]
 
 
 def check_output(arguments: argparse.Namespace) -> None:
@@ -378,7 +412,11 @@ def check_output(arguments: argparse.Namespace) -> None:
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--policy", required=True, help="directory, Hub id, `expert`, `random` or `replay:DATASET`")
+    parser.add_argument(
+        "--policy",
+        required=True,
+        help="directory, Hub id, address of a policy server, `expert`, `random` or `replay:DATASET`",
+    )
     parser.add_argument(
         "--episodes",
         type=int,

@@ -266,7 +266,7 @@ def write_merged(
     model.config.save_pretrained(directory)
     model.generation_config.save_pretrained(directory)
     processor.save_pretrained(directory)
-    for path in REPOSITORY.glob("*_openvla.py"):
+    for path in [*REPOSITORY.glob("*_openvla.py"), REPOSITORY / "handler.py"]:
         shutil.copy(path, directory)
     card = model_card(
         repo_id,
