@@ -44,6 +44,8 @@ class Recording:
         tasks (`tuple[str]`): The episodes take turns with them.
         image_size (`int`, defaults to 224): Side of the pictures in pixels.
         noise (`float`, defaults to 0.3): Of the expert; see [`Expert.noisy_action`].
+        nudges (`float`, defaults to 0.03): Share of the steps in which the hand is pushed off its way, also close to
+            an object, so that demonstrations show how to come back (https://arxiv.org/abs/1703.09327).
         detour (`float`, defaults to 0.0): In so many of the episodes the hand sets out for another object first, so
             that the place of the hand does not betray the target.
         objects (`tuple[str]`, *optional*): Colours, shapes or names (`red cube`) of what may be the target; by default
@@ -65,6 +67,7 @@ class Recording:
     tasks: tuple[str, ...] = TASKS
     image_size: int = 224
     noise: float = 0.3
+    nudges: float = 0.03
     detour: float = 0.0
     objects: tuple[str, ...] | None = None
     hold_out: tuple[str, ...] = ()
@@ -83,8 +86,9 @@ class Recording:
         if not self.noise >= MIN_NOISE:
             # No-ops are not executed: an expert that rests without noise, as its fingers close, would rest for ever.
             raise ValueError(f"`noise` must be at least {MIN_NOISE}, got {self.noise}.")
-        if not 0.0 <= self.detour <= 1.0:
-            raise ValueError(f"`detour` is a share of the episodes, from 0 to 1; got {self.detour}.")
+        for name, what in (("nudges", "steps"), ("detour", "episodes")):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"`{name}` is a share of the {what}, from 0 to 1; got {getattr(self, name)}.")
         self.targets()
         if self.video and self.image_size % 2:
             raise ValueError(f"`image_size` must be even for videos, got {self.image_size}.")
@@ -119,7 +123,12 @@ def draw_start(recording: Recording, episode: int, attempt: int) -> tuple[int, d
 
 
 def demonstrate(
-    env: TabletopEnv, observation: dict, rng: np.random.Generator, noise: float, detour: float = 0.0
+    env: TabletopEnv,
+    observation: dict,
+    rng: np.random.Generator,
+    noise: float,
+    detour: float = 0.0,
+    nudges: float = 0.03,
 ) -> tuple[list[dict], str | None]:
     """
     The expert's way from a fresh start to the end.
@@ -130,6 +139,7 @@ def demonstrate(
         rng (`np.random.Generator`): Source of the noise.
         noise (`float`): See [`Expert.noisy_action`].
         detour (`float`, defaults to 0.0): Probability of setting out for another object first.
+        nudges (`float`, defaults to 0.03): Of each step, to be a push; see [`Expert.noisy_action`].
 
     Returns:
         `tuple[list[dict], str | None]`: Frames, each an observation with the `action` (7,) that followed it and the
@@ -143,7 +153,7 @@ def demonstrate(
         if detour_steps and (len(frames) == detour_steps or stray.action()[6] == 0.0):
             detour_steps = 0  # it looks, and never touches
         actor = stray if detour_steps else expert
-        draws = (actor.noisy_action(rng, noise) for _ in range(MAX_DRAWS))
+        draws = (actor.noisy_action(rng, noise, nudges) for _ in range(MAX_DRAWS))
         action = next((draw for draw in draws if not is_noop(draw, previous)), None)
         if action is None:
             return frames, None
@@ -173,7 +183,7 @@ def record_episode(recording: Recording, episode: int, path: Path) -> None:
         seed, options, rng = draw_start(recording, episode, attempt)
         observation, _ = env.reset(seed=seed, options=options)
         start = {"qpos": env.data.qpos.tolist(), "qvel": env.data.qvel.tolist()}
-        frames, outcome = demonstrate(env, observation, rng, recording.noise, recording.detour)
+        frames, outcome = demonstrate(env, observation, rng, recording.noise, recording.detour, recording.nudges)
         if outcome == "success":
             break
     else:
@@ -305,6 +315,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), help=f"default: {' '.join(TASKS)}")
     parser.add_argument("--image_size", type=int, default=224, help="side of the pictures in pixels")
     parser.add_argument("--noise", type=float, default=0.3, help="of the expert, as a fraction of its largest action")
+    parser.add_argument("--nudges", type=float, default=0.03, help="share of steps that push the hand off its way")
     parser.add_argument("--detour", type=float, default=0.0, help="share of episodes that first head elsewhere")
     what = "colours, shapes or objects (red, ball, 'blue cube') that"
     parser.add_argument("--objects", nargs="+", metavar="WHAT", help=f"{what} may be the target; by default all")
@@ -326,6 +337,7 @@ def main(arguments: list[str] | None = None) -> None:
             tasks=tuple(parsed.tasks),
             image_size=parsed.image_size,
             noise=parsed.noise,
+            nudges=parsed.nudges,
             detour=parsed.detour,
             objects=parsed.objects and tuple(parsed.objects),
             hold_out=tuple(parsed.hold_out),

@@ -340,7 +340,7 @@ class TestNoops:
         """An expert that rests every other time: the rests reach neither the robot nor the record."""
         moves = iter(range(1000))
 
-        def action(self, rng, noise):
+        def action(self, rng, noise, nudges):
             return np.array([0.01 * (next(moves) % 2), 0, 0, 0, 0, 0, 1], dtype=np.float32)
 
         monkeypatch.setattr(recorder.Expert, "noisy_action", action)
@@ -445,16 +445,31 @@ class TestReruns:
         assert len(list(staging.iterdir())) == before
 
 
+@pytest.mark.parametrize("nudges", [0.0, 0.5])
+def test_nudges(nudges):
+    """Pushes show in what was done, close to the object as elsewhere, and never in what was right."""
+    env = TabletopEnv(cameras=(), image_size=8, tasks=("pick",))
+    pushed, close = 0, 0
+    for seed in range(5):
+        observation, _ = env.reset(seed=seed)
+        rng = np.random.default_rng(seed)
+        frames, _ = recorder.demonstrate(env, observation, rng, recorder.MIN_NOISE, nudges=nudges)
+        for frame in frames:
+            is_pushed = np.abs(frame["action"] - frame["expert_action"])[:3].max() > 0.01
+            pushed += is_pushed
+            close += is_pushed and np.abs(frame["expert_action"][:3]).max() < 0.01
+    assert (pushed > 5, close > 0) == (nudges > 0, nudges > 0)
+
+
 class TestDetours:
     def drive(self, detour: float, seed: int) -> tuple[TabletopEnv, list[dict], str | None]:
         env = TabletopEnv(cameras=(), image_size=8)
         observation, _ = env.reset(seed=seed)
-        return env, *recorder.demonstrate(env, observation, np.random.default_rng(seed), recorder.MIN_NOISE, detour)
+        rng = np.random.default_rng(seed)
+        return env, *recorder.demonstrate(env, observation, rng, recorder.MIN_NOISE, detour, nudges=0.0)
 
-    def test_labels_are_for_the_task_from_the_start(self, monkeypatch):
+    def test_labels_are_for_the_task_from_the_start(self):
         """Played again, each `expert_action` is the expert's for the target; the first steps went elsewhere."""
-        noisy = Expert.noisy_action  # without the pushes of full size that come at any time
-        monkeypatch.setattr(Expert, "noisy_action", lambda *arguments: noisy(*arguments, nudge_probability=0.0))
         strayed, outcomes = 0, []
         for seed in range(8):
             env, frames, outcome = self.drive(1.0, seed)
@@ -503,6 +518,7 @@ class TestRefused:
             ({"noise": 0.0}, "`noise` must be at least 0.01, got 0.0"),
             ({"noise": float("nan")}, "`noise` must be at least"),
             ({"detour": 1.5}, "`detour` is a share of the episodes, from 0 to 1; got 1.5"),
+            ({"nudges": -0.1}, "`nudges` is a share of the steps, from 0 to 1; got -0.1"),
             ({"cameras": ()}, "`cameras` must be among"),
             ({"cameras": ("top",)}, r"`cameras` must be among .* got \['top'\]"),
             ({"objects": ("pink",)}, r"`objects` takes .* got \['pink'\]"),
