@@ -139,7 +139,7 @@ class StaticReader:
         self._head_dim = decoder.layers[0].self_attn.head_dim
         self._num_groups = config.num_attention_heads // config.num_key_value_heads
         shape = (batch_size, config.num_key_value_heads, capacity, self._head_dim)
-        self._layers = [
+        self.layers = [
             _LayerFunctions(layer, torch.empty(2, *shape, dtype=dtype, device=device)) for layer in decoder.layers
         ]
         self._norm = _as_function(decoder.norm)
@@ -154,13 +154,13 @@ class StaticReader:
             mask = mask & attention_mask.bool()[:, None] | (positions == positions.T)  # (B, C, C)
             positions = positions_of(attention_mask)  # (B, C)
         self._mask = mask[:, None]  # (B or 1, 1, C, C)
-        cos, sin = decoder.rotary_emb(self._layers[0].keys, positions)  # (B or 1, C, D)
+        cos, sin = decoder.rotary_emb(self.layers[0].keys, positions)  # (B or 1, C, D)
         # The library turns the halves of a head and negates one; here the sign is the sine's.
         half = self._head_dim // 2
         signed_sin = torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
         self._cos, self._signed_sin = cos[:, :, None], signed_sin[:, :, None]  # (B or 1, C, 1, D)
         # Calling a wrapped layer may change it for good, and training could not use what is made in this mode.
-        is_plain = all(layer.is_plain for layer in self._layers)
+        is_plain = all(layer.is_plain for layer in self.layers)
         self._mode = torch.inference_mode if is_plain else torch.no_grad
 
     def read(self, embeddings: torch.Tensor, num_outputs: int = 1) -> torch.Tensor:
@@ -169,9 +169,9 @@ class StaticReader:
         self._length = end
         with self._mode():
             hidden = embeddings
-            for layer in self._layers[:-1]:
+            for layer in self.layers[:-1]:
                 hidden = self._run(layer, hidden, start, start, end)
-            return self._norm(self._run(self._layers[-1], hidden, start, end - num_outputs, end))
+            return self._norm(self._run(self.layers[-1], hidden, start, end - num_outputs, end))
 
     def forget(self, num_positions: int) -> None:
         """Take back the last positions that have been read."""
@@ -206,10 +206,12 @@ class StaticReader:
         """Attention of the positions from `start` to `end` to all that are not behind them, (B, heads, S, D)."""
         if self._num_groups > 1:
             keys, values = (each.repeat_interleave(self._num_groups, dim=1) for each in (keys, values))
+        attention = nn.functional.scaled_dot_product_attention
         if self._is_padded or 0 < start < end - 1:
-            mask = self._mask[:, :, start:end, :end]
-            return nn.functional.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
-        return nn.functional.scaled_dot_product_attention(query, keys, values, is_causal=end - start > 1)
+            return attention(query, keys, values, attn_mask=self._mask[:, :, start:end, :end])
+        if start == end - 1:
+            return attention(query, keys, values)
+        return attention(query, keys, values, is_causal=True)
 
 
 class _LayerFunctions:

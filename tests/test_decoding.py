@@ -11,6 +11,8 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from test_action_heads import CAUSAL, KINDS, TEXT, make_policy, noise_image
+from torch import nn
+from transformers import StaticCache
 
 
 INSTRUCTIONS = ["pick up the cube", "put the blue cylinder into the bowl on the left", "push it"]
@@ -232,6 +234,75 @@ def test_adapters_are_called():
     expected = plain_tokens(adapted, inputs)
     assert not torch.equal(expected, before)
     assert torch.equal(adapted.predict_action(**inputs, return_dict=True).token_ids, expected)
+
+
+class TestCompiledAndExported:
+    """Without graph breaks, and with the same numbers."""
+
+    @pytest.fixture
+    def compiled(self):
+        torch.compiler.reset()
+        yield lambda function: torch.compile(function, fullgraph=True, backend="eager")
+        torch.compiler.reset()
+
+    @torch.no_grad()
+    def test_towers(self, policy_and_batch, compiled):
+        model, inputs, _ = policy_and_batch
+        pixels = inputs["pixel_values"]
+        assert torch.equal(compiled(model.get_image_features)(pixels), model.get_image_features(pixels))
+        exported = torch.export.export(model.vision_backbone, (pixels,)).module()
+        assert torch.equal(exported(pixels), model.vision_backbone(pixels))
+
+    @torch.no_grad()
+    def test_prompt_and_step_of_the_library(self, policy_and_batch, compiled):
+        model, _, _ = policy_and_batch
+        decoder = model.get_decoder()
+        caches = [StaticCache(config=decoder.config, max_cache_len=12) for _ in range(2)]
+        for embeddings, position in ((torch.randn(2, 9, 32), 0), (torch.randn(2, 1, 32), 9)):
+            positions = torch.arange(position, position + embeddings.shape[1])
+            inputs = {"inputs_embeds": embeddings, "position_ids": positions.expand(2, -1), "use_cache": True}
+            inputs |= {"cache_position": positions}
+            outputs = [
+                call(past_key_values=cache, **inputs).last_hidden_state
+                for call, cache in zip((decoder, compiled(decoder) if position else decoder), caches, strict=True)
+            ]
+            assert torch.equal(*outputs)
+
+    @torch.no_grad()
+    def test_static_reader(self, policy_and_batch, compiled):
+        model, _, _ = policy_and_batch
+        reader_class = decoding_of(model).StaticReader
+        arguments = (model.get_decoder(), torch.ones(2, 9, dtype=torch.long), False, 16, torch.float32)
+        readers = [reader_class(*arguments) for _ in range(2)]
+        read = compiled(readers[0].read)
+        for length in (9, 1, 1, 3):
+            embeddings = torch.randn(2, length, 32)
+            assert torch.equal(read(embeddings), readers[1].read(embeddings))
+
+    @torch.no_grad()
+    def test_exported_prompt(self, policy_and_batch):
+        model, _, _ = policy_and_batch
+        prompt = Prompt(model.get_decoder(), decoding_of(model).StaticReader)
+        mask = torch.ones(2, 9, dtype=torch.long)
+        mask[0, :3] = 0
+        inputs = (torch.randn(2, 9, 32), mask)
+        for actual, expected in zip(
+            torch.export.export(prompt, inputs).module()(*inputs), prompt(*inputs), strict=True
+        ):
+            assert torch.equal(actual, expected)
+
+
+class Prompt(nn.Module):
+    """Hidden state behind a prompt, and the keys and values of all layers, as an inference engine takes them."""
+
+    def __init__(self, decoder, reader_class):
+        super().__init__()
+        self.decoder, self.reader_class = decoder, reader_class
+
+    def forward(self, embeddings, mask):
+        reader = self.reader_class(self.decoder, mask, True, embeddings.shape[1], embeddings.dtype)
+        hidden = reader.read(embeddings)
+        return hidden, torch.stack([torch.stack([layer.keys, layer.values]) for layer in reader.layers])
 
 
 def test_training_goes_on_after_an_action(policy_and_batch):
