@@ -51,7 +51,7 @@ from preprocessing import machine, summarise
 from torch import nn
 
 
-MIN_ROUNDS = 4
+MIN_ROUNDS, STAGE_ROUNDS = 4, 8
 WAYS = ("plain", "ours", "previous draft", "right draft")
 
 Result = dict[str, Any]
@@ -92,7 +92,7 @@ def measure(name: str, batch_size: int, seconds: float, reference: "Reference | 
     """All figures of a configuration at one batch size."""
     model, processor = make_policy(name)
     plain, ours = PlainPolicy(model, processor), OurPolicy(model, processor)
-    batches = observe(name, model, processor, batch_size, 24 if name == SMALL else 4)
+    batches = observe(name, model, processor, batch_size, 24 if name == SMALL else 3)
     clock: dict[str, list[float]] = {way: [] for way in WAYS}
     processor_time: dict[str, list[float]] = {way: [] for way in WAYS}
     accepted, previous = [], ours.predict(batches[0]).token_ids
@@ -153,7 +153,7 @@ def ratios(times: dict[str, list[float]]) -> Result:
 def plain_stages(policy: PlainPolicy, batches: list[list[Observation]]) -> dict[str, float]:
     """Median milliseconds of each stage."""
     times: dict[str, list[float]] = {}
-    for observations in batches[:8]:
+    for observations in batches[:STAGE_ROUNDS]:
         *_, inputs = record(times, "preprocessing", lambda o=observations: policy.preprocess(o))
         *_, prompt = record(times, "towers", lambda i=inputs: policy.embed(i))
         record(times, "prefill", lambda p=prompt: policy.decode(*p, num_tokens=1))
@@ -168,7 +168,7 @@ def our_stages(policy: OurPolicy, batches: list[list[Observation]]) -> dict[str,
     """Median milliseconds of each stage. Those inside of `predict_action` follow from its time with a right draft."""
     times: dict[str, list[float]] = {}
     model = policy.model
-    for observations in batches[:8]:
+    for observations in batches[:STAGE_ROUNDS]:
         *_, inputs = record(times, "preprocessing", lambda o=observations: as_inputs(policy.processor, o))
         with torch.no_grad():
             record(times, "towers", lambda i=inputs: model.get_image_features(i["pixel_values"]))
