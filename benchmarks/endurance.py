@@ -23,19 +23,13 @@ import numpy as np
 import torch
 import transformers
 from latency import OurPolicy, timed
-from plain_decoding import SMALL, Observation, make_policy
+from plain_decoding import SMALL, Observation, make_policy, resident_mib
 from preprocessing import machine
 
 
 WARM_UP = 100
 SIDE = 256
 MAX_GROWTH, MAX_RATIO = 1.02, 1.5
-
-
-def resident_mib() -> float:
-    """Resident memory of this process."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return int(next(line for line in lines if line.startswith("VmRSS:")).split()[1]) / 1024
 
 
 class FixedWork:

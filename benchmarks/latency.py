@@ -319,7 +319,7 @@ def rows(name: str, batch_size: int, result: Result) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    default = [name for name in CONFIGURATIONS if name != "openvla-7b"]
+    default = [SMALL, "tiny golden", "full-size towers"]
     parser.add_argument("--configurations", nargs="+", choices=CONFIGURATIONS, default=default)
     parser.add_argument("--batch_sizes", nargs="+", type=int, default=[1, 4, 16])
     parser.add_argument("--seconds", type=float, default=20.0, help="for each configuration and batch size")

@@ -7,8 +7,10 @@ are not as published, so that they can be compared at all: it takes batches, and
 one.
 """
 
+import multiprocessing
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,6 +69,11 @@ SHAPES: dict[str, dict[str, Any]] = {
         "tower_configs": _golden_towers(),
         "text_config": _llama(32, 88, 2, 2),
     },
+    "mid-size": {
+        "vision_backbone_id": None,
+        "tower_configs": _golden_towers(),
+        "text_config": _llama(1024, 2816, 8, 16),
+    },
     "full-size towers": {"text_config": _llama(1024, 2816, 8, 16)},
     "openvla-7b": {"text_config": _llama(4096, 11008, 32, 32)},
 }
@@ -123,6 +130,23 @@ def _with_random_weights(model: nn.Module, device: str) -> nn.Module:
         head[: config.action_token_begin] = 0.0
         head[config.action_token_end :] = 0.0
     return model
+
+
+def in_new_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a function of a module returns, in a process that has done nothing before."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def resident_mib(name: str = "VmRSS") -> float:
+    """Resident memory of this process: now, or with "VmHWM" the most since [`forget_peak`]."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return int(next(line for line in lines if line.startswith(f"{name}:")).split()[1]) / 1024
+
+
+def forget_peak() -> None:
+    """Let the peak of resident memory begin anew."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
 def random_observations(seed: int, has_state: bool) -> Iterator[Observation]:
