@@ -274,7 +274,11 @@ def _as_function(module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 def make_reader(
-    decoder: nn.Module, attention_mask: torch.Tensor, max_new_tokens: int, dtype: torch.dtype
+    decoder: nn.Module,
+    attention_mask: torch.Tensor,
+    max_new_tokens: int,
+    dtype: torch.dtype,
+    is_padded: bool | None = None,
 ) -> LibraryReader | StaticReader:
     """
     The fastest reader for a language model without its head.
@@ -284,12 +288,14 @@ def make_reader(
         attention_mask (`torch.Tensor`): Of the prompt, left-padded, (B, T), zero at the padding.
         max_new_tokens (`int`): Tokens that may follow it.
         dtype (`torch.dtype`): Of the embeddings.
+        is_padded (`bool`, *optional*): Whether there is padding; by default the mask is looked at.
     """
     reason = why_not_static(decoder, attention_mask.device)
     if reason is not None:
         logger.info(f"Decoding takes the library's way, since {reason}.")
         return LibraryReader(decoder, attention_mask)
-    is_padded = not bool(attention_mask.all())
+    if is_padded is None:
+        is_padded = not bool(attention_mask.all())
     return StaticReader(decoder, attention_mask, is_padded, attention_mask.shape[1] + max_new_tokens, dtype)
 
 
@@ -303,6 +309,7 @@ class TokenDecoder:
         inputs_embeds (`torch.Tensor`): The prompt, left-padded, (B, T, H).
         attention_mask (`torch.Tensor`): (B, T), zero at the padding.
         max_new_tokens (`int`): Tokens that may follow it.
+        is_padded (`bool`, *optional*): Whether there is padding; by default the mask is looked at.
     """
 
     def __init__(
@@ -312,10 +319,12 @@ class TokenDecoder:
         inputs_embeds: torch.Tensor,
         attention_mask: torch.Tensor,
         max_new_tokens: int,
+        is_padded: bool | None = None,
     ):
         self._embed = language_model.get_input_embeddings()
         self._to_action_logits = action_logits_function(language_model.get_output_embeddings(), config)
-        self._reader = make_reader(language_model.get_decoder(), attention_mask, max_new_tokens, inputs_embeds.dtype)
+        decoder = language_model.get_decoder()
+        self._reader = make_reader(decoder, attention_mask, max_new_tokens, inputs_embeds.dtype, is_padded)
         self._prompt: torch.Tensor | None = inputs_embeds  # until it is read
         self.device = inputs_embeds.device
 
@@ -377,9 +386,8 @@ def decode_action_tokens(
     """
     decoder = TokenDecoder(language_model, config, inputs_embeds, attention_mask, num_tokens)
     if draft is None and len(inputs_embeds) == 1 and not sampling.do_sample:
-        # No movement. In a batch the row with the worst guess decides, and reading all tokens is no longer cheap.
-        middle = config.action_token_end - config.n_action_bins // 2
-        draft = torch.full((1, num_tokens), middle, device=inputs_embeds.device)
+        # In a batch the row with the worst guess decides, and reading all tokens is no longer cheap.
+        draft = guess_tokens(config, 1, num_tokens, inputs_embeds.device)
     if draft is not None and decoder.can_forget:
         token_ids, logits = _verify(decoder, config, draft)
     else:
@@ -421,9 +429,108 @@ def _verify(decoder: TokenDecoder, config: OpenVLAConfig, draft: torch.Tensor) -
         logits = torch.cat([logits[:, : num_right + 1], decoder.read(guess[:, num_right:-1], num_wrong)], dim=1)
 
 
+def guess_tokens(config: OpenVLAConfig, batch_size: int, num_tokens: int, device: torch.device) -> torch.Tensor:
+    """A draft where there is none, (B, N): no movement, the middle of every bound."""
+    middle = config.action_token_end - config.n_action_bins // 2
+    return torch.full((batch_size, num_tokens), middle, device=device)
+
+
 def count_right(draft: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
     """Length of the prefix in which a draft is right, of each row, (B, N) -> (B,)."""
     return (draft == token_ids).long().cumprod(dim=1).sum(dim=1)
+
+
+class ActionGraph:
+    """
+    A greedy action of fixed shapes, from pictures to tokens, in two parts that CUDA graphs can record.
+
+    The first reads the prompt and a guess of all tokens; the second reads the tokens again that came out. It is
+    repeated while they change, as in `_verify`, and each part is the same whatever it is given: there is padding in
+    front of every prompt, and all tokens are read each time, since a few cost what one costs where weights are
+    streamed.
+
+    Args:
+        language_model (`nn.Module`): A causal language model that [`why_not_static`] has nothing to say of.
+        config (`OpenVLAConfig`): Names the action tokens.
+        embed (`Callable`): From `inputs` to the embeddings of the prompt, (B, T, H), without a look at a value.
+        inputs (`dict[str, torch.Tensor]`): Of the shapes to come; `attention_mask` (B, T) is one of them.
+        num_tokens (`int`): Tokens to decode.
+    """
+
+    def __init__(
+        self,
+        language_model: nn.Module,
+        config: OpenVLAConfig,
+        embed: Callable[[dict[str, torch.Tensor]], torch.Tensor],
+        inputs: dict[str, torch.Tensor],
+        num_tokens: int,
+    ):
+        self._language_model, self._config, self._embed = language_model, config, embed
+        self.inputs = {name: value.clone() for name, value in inputs.items()}
+        batch_size, device = len(inputs["attention_mask"]), inputs["attention_mask"].device
+        weight = language_model.get_input_embeddings().weight
+        self._guess = torch.zeros(batch_size, num_tokens, dtype=torch.long, device=device)
+        self._token_ids = torch.zeros_like(self._guess)
+        self._logits = torch.zeros(*self._guess.shape, config.n_action_bins, dtype=weight.dtype, device=device)
+        self._decoder: TokenDecoder | None = None
+        self._parts: list[Callable[[], None]] = [self._begin, self._go_on]
+
+    @property
+    def num_tokens(self) -> int:
+        return self._guess.shape[1]
+
+    def record(self) -> None:
+        """Replace both parts by CUDA graphs of them."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                self._begin()
+                self._go_on()
+        torch.cuda.current_stream().wait_stream(stream)
+        graphs = [torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()]
+        with torch.cuda.graph(graphs[0]):
+            self._begin()
+        with torch.cuda.graph(graphs[1], pool=graphs[0].pool()):
+            self._go_on()
+        self._parts = [graph.replay for graph in graphs]
+
+    def __call__(self, inputs: dict[str, torch.Tensor], draft: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Token ids (B, N) and logits (B, N, n_action_bins), as of [`decode_action_tokens`].
+
+        Args:
+            inputs (`dict[str, torch.Tensor]`): Of the shapes of those that this was made with.
+            draft (`torch.Tensor`): (B, N), action tokens that may be right.
+        """
+        for name, value in inputs.items():
+            self.inputs[name].copy_(value)
+        self._guess.copy_(draft)
+        begin, go_on = self._parts
+        begin()
+        while not torch.equal(self._guess[:, :-1], self._token_ids[:, :-1]):
+            go_on()
+        check_finite(self._logits)
+        return self._token_ids.clone(), self._logits.clone()
+
+    def _begin(self) -> None:
+        """Read the prompt and the guess."""
+        mask, embeddings = self.inputs["attention_mask"], self._embed(self.inputs)
+        self._decoder = TokenDecoder(
+            self._language_model, self._config, embeddings, mask, self.num_tokens, is_padded=True
+        )
+        self._keep(self._decoder.read(self._guess[:, :-1], self.num_tokens))
+
+    def _go_on(self) -> None:
+        """Read the tokens that came out in the place of the guess; the first is right and needs none."""
+        self._guess.copy_(self._token_ids)
+        self._decoder.forget(self.num_tokens - 1)
+        self._keep(self._decoder.read(self._guess[:, :-1], self.num_tokens - 1))
+
+    def _keep(self, logits: torch.Tensor) -> None:
+        """Take the last logits, (B, 1..N, n_action_bins), and the tokens that they stand for."""
+        self._logits[:, -logits.shape[1] :] = logits
+        self._token_ids.copy_(self._logits.argmax(dim=-1) + self._config.action_token_begin)
 
 
 def decode_fast_tokens(

@@ -50,6 +50,7 @@ from .configuration_openvla import (
     copy_remote_code,
 )
 from .decoding_openvla import (
+    ActionGraph,
     SamplingParams,
     action_logits_function,
     bidirectional_arguments,
@@ -58,8 +59,10 @@ from .decoding_openvla import (
     count_right,
     decode_action_tokens,
     decode_fast_tokens,
+    guess_tokens,
     left_pad,
     positions_of,
+    why_not_static,
 )
 from .fast_tokenizer_openvla import FastTokenizer, ids_to_tokens
 
@@ -383,6 +386,8 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         self._fast_tokenizer: FastTokenizer | None = None
         self.num_image_tokens = config.num_image_tokens
         self._checked_attention: str | None = None
+        self._action_graphs: dict[tuple[int, int], ActionGraph] = {}  # by batch size and positions of the prompt
+        self._recorded_weights: list[int] = []
         # FSDP on transformers 4.57 asks the top model alone what not to split.
         self._no_split_modules = [*self._no_split_modules, *(self.language_model._no_split_modules or ())]
         self.post_init()
@@ -718,6 +723,117 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
             output["accepted_tokens"] = count_right(draft_token_ids.to(token_ids.device), token_ids)
         return output
 
+    @torch.no_grad()
+    def warm_up(self, batch_sizes: Sequence[int] = (1,), text_lengths: Sequence[int] = (32, 64)) -> int:
+        """
+        Record greedy actions as CUDA graphs, from pictures to tokens, for `predict_action` to replay: without them the
+        host takes longer to launch an action's kernels than the device to run them.
+
+        A prompt takes the shortest graph that it fits in, a longer one none. Recorded is what the model is now: call
+        this again when it was moved, or its weights were replaced and not changed in place; until then actions are
+        decoded as without it. Experimental: it has never run on a GPU, and is tested without the recording.
+
+        Args:
+            batch_sizes (`Sequence[int]`, defaults to `(1,)`): Batches to come.
+            text_lengths (`Sequence[int]`, defaults to `(32, 64)`): Tokens of text up to which there is a graph.
+
+        Returns:
+            `int`: Graphs that were recorded; 0 where the log says why there are none.
+        """
+        self._action_graphs, self._recorded_weights = {}, []
+        reason = self._why_no_graphs()
+        if reason is not None:
+            logger.warning(f"No action is recorded, since {reason}: actions are decoded as without `warm_up`.")
+            return 0
+        graphs = {}
+        for batch_size in batch_sizes:
+            for text_length in text_lengths:
+                graph = self._make_graph(batch_size, text_length + self.num_image_tokens)
+                try:
+                    graph.record()
+                except RuntimeError as error:
+                    logger.warning(f"No action is recorded, since the device refuses one: {error}")
+                    return 0
+                graphs[graph.inputs["input_ids"].shape] = graph
+        self._action_graphs, self._recorded_weights = graphs, self._weight_addresses()
+        return len(graphs)
+
+    def _why_no_graphs(self) -> str | None:
+        """What keeps this model from [`warm_up`]; `None`: nothing does."""
+        config = self.config
+        if config.attention_mode != "causal" or config.head_type != "tokens":
+            return f"it is for action tokens one by one, not {config.attention_mode!r} {config.head_type!r}"
+        if config.embodiments is not None:
+            return "the policy looks at its robot's number"
+        if len({action_dim(statistics) for statistics in self.norm_stats.values()}) != 1:
+            return "the actions of its datasets differ in dimension"
+        if any(type(parameter) is not nn.Parameter for parameter in self.parameters()):
+            return "its weights are quantised"
+        if self.device.type != "cuda":
+            return f"the model is on {self.device.type!r} and not on 'cuda'"
+        return why_not_static(self.get_decoder(), self.device)
+
+    def _make_graph(self, batch_size: int, length: int) -> ActionGraph:
+        """An action of fixed shapes, not recorded yet, for prompts of up to `length` positions with the image."""
+        config, device = self.config, self.device
+        shape, side = (batch_size, length), config.image_sizes[0]
+        channels = 3 * len(config.image_sizes) * config.num_images
+        ids = torch.full(shape, config.image_token_id, device=device)
+        ids[:, self.num_image_tokens :] = 0
+        inputs = {
+            "input_ids": ids,
+            "attention_mask": torch.ones(shape, dtype=torch.long, device=device),
+            "pixel_values": torch.zeros(batch_size, channels, side, side, dtype=self.dtype, device=device),
+        }
+        if config.use_proprio:
+            inputs["proprio"] = torch.zeros(batch_size, config.proprio_dim, dtype=self.dtype, device=device)
+
+        def embed(given: dict[str, torch.Tensor]) -> torch.Tensor:
+            images, proprio = given["pixel_values"], given.get("proprio")
+            features = self._observe(given["input_ids"], given["attention_mask"], None, images, proprio, None)
+            return self._embed(given["input_ids"], features)
+
+        num_tokens = config.chunk_size * self.get_action_dim(next(iter(self.norm_stats)))
+        return ActionGraph(self.language_model, config, embed, inputs, num_tokens)
+
+    def _graph_inputs(
+        self,
+        graph: ActionGraph,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor,
+        pixel_values: torch.FloatTensor,
+        proprio: torch.FloatTensor | None,
+    ) -> dict[str, torch.Tensor]:
+        """Inputs for a recorded action, with as much padding in front as it takes."""
+        missing = graph.inputs["input_ids"].shape[1] - input_ids.shape[1]
+        inputs = {
+            "input_ids": nn.functional.pad(input_ids, (missing, 0)),
+            "attention_mask": nn.functional.pad(attention_mask, (missing, 0)),
+            "pixel_values": pixel_values,
+        }
+        if proprio is not None:
+            _check_shape("proprio", proprio, tuple(graph.inputs["proprio"].shape))
+            inputs["proprio"] = proprio
+        return inputs
+
+    def _find_graph(self, batch_size: int, length: int, num_tokens: int) -> ActionGraph | None:
+        """The shortest recorded action for such prompts, if what was recorded is still there."""
+        if not self._action_graphs:
+            return None
+        if self._recorded_weights != self._weight_addresses():
+            logger.warning("The model was moved or changed: call `warm_up` again. Actions are decoded without it.")
+            self._action_graphs = {}
+            return None
+        fitting = [
+            (known, graph)
+            for (size, known), graph in self._action_graphs.items()
+            if size == batch_size and known >= length and graph.num_tokens == num_tokens
+        ]
+        return min(fitting, key=lambda pair: pair[0])[1] if fitting else None
+
+    def _weight_addresses(self) -> list[int]:
+        return [parameter.data_ptr() for parameter in self.parameters()]
+
     def check_attention(self) -> None:
         """
         Verify that the language model's attention is what `attention_mode` says, by changing a late token and seeing
@@ -760,6 +876,11 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         if is_fast and self.fast_tokenizer is None:
             raise ValueError("The policy speaks in FAST tokens and has no tokenizer: assign `model.fast_tokenizer`.")
         input_ids, attention_mask, _ = self._expand_image(input_ids, pixel_values, attention_mask)
+        graph = self._find_graph(*input_ids.shape, num_values)
+        if graph is not None and not sampling.do_sample and (proprio is not None) == self.config.use_proprio:
+            inputs = self._graph_inputs(graph, input_ids, attention_mask, pixel_values, proprio)
+            guess = guess_tokens(self.config, len(input_ids), num_values, input_ids.device)
+            return graph(inputs, guess if draft is None else draft)
         features = self._observe(input_ids, attention_mask, None, pixel_values, proprio, embodiment)
         inputs_embeds = self._embed(input_ids, features)
         prompt = (self.language_model, self.config, inputs_embeds, attention_mask)

@@ -236,6 +236,84 @@ def test_adapters_are_called():
     assert torch.equal(adapted.predict_action(**inputs, return_dict=True).token_ids, expected)
 
 
+class TestActionGraph:
+    """What CUDA graphs would record, run as it is: nothing here has a GPU."""
+
+    @pytest.fixture(params=[{}, {"use_proprio": True, "proprio_dim": 5}])
+    def prepared(self, request):
+        """A policy with an action of fixed shapes for three rows and one for a single row, and a batch."""
+        model, processor = make(**request.param)
+        inputs = make_batch(processor) if not model.config.use_proprio else None
+        if inputs is None:
+            states = np.random.default_rng(0).uniform(-1, 1, (3, 5))
+            images = [noise_image(row) for row in range(3)]
+            inputs = processor(instruction=INSTRUCTIONS, images=images, state=states)
+        expected = model.predict_action(**inputs, return_dict=True)
+        length = inputs["input_ids"].shape[1] + model.num_image_tokens
+        with torch.no_grad():
+            graphs = [model._make_graph(*shape) for shape in ((3, length + 5), (3, length), (1, length + 5))]
+        model._action_graphs = {tuple(graph.inputs["input_ids"].shape): graph for graph in graphs}
+        model._recorded_weights = model._weight_addresses()
+        return model, inputs, expected
+
+    def test_gives_the_same_actions(self, prepared):
+        model, inputs, expected = prepared
+        with counted_graphs(model) as replayed:
+            for draft in (None, expected.token_ids, expected.token_ids.flip(1)):
+                output = model.predict_action(**inputs, draft_token_ids=draft, return_dict=True)
+                assert torch.equal(output.token_ids, expected.token_ids)
+                torch.testing.assert_close(output.probabilities, expected.probabilities, atol=1e-5, rtol=1e-3)
+            for row in range(3):
+                single = {name: value[row : row + 1] for name, value in inputs.items()}
+                output = model.predict_action(**single, return_dict=True)
+                assert torch.equal(output.token_ids[0], expected.token_ids[row])
+        assert replayed == [3, 3, 3, 1, 1, 1]
+
+    def test_is_left_alone_where_it_does_not_fit(self, prepared):
+        model, inputs, expected = prepared
+        with counted_graphs(model) as replayed:
+            for _ in range(2):
+                two = {name: value[:2] for name, value in inputs.items()}
+                assert torch.equal(model.predict_action(**two, return_dict=True).token_ids, expected.token_ids[:2])
+            model.predict_action(**inputs, do_sample=True)
+            if model.config.use_proprio:
+                with pytest.raises(ValueError, match="The policy needs `proprio`"):
+                    model.predict_action(**{**inputs, "proprio": None})
+            head = model.get_output_embeddings()
+            head.weight = nn.Parameter(head.weight.flip(0))
+            changed = model.predict_action(**inputs, return_dict=True)
+            assert not torch.equal(changed.token_ids, expected.token_ids)
+        assert replayed == []
+        assert model._action_graphs == {}
+
+    def test_warm_up_says_why_not(self, policy_and_batch, caplog):
+        model, inputs, expected = policy_and_batch
+        logger = logging.getLogger(type(model).__module__)
+        logger.addHandler(caplog.handler)
+        assert model.warm_up() == 0
+        logger.removeHandler(caplog.handler)
+        assert "the model is on 'cpu' and not on 'cuda'" in caplog.text
+        assert torch.equal(model.predict_action(**inputs, return_dict=True).token_ids, expected)
+
+
+@contextmanager
+def counted_graphs(model):
+    """A list that grows by the rows of each action that is decoded with fixed shapes."""
+    graph_class = decoding_of(model).ActionGraph
+    call = graph_class.__call__
+    rows: list[int] = []
+
+    def counting(self, inputs, draft):
+        rows.append(len(draft))
+        return call(self, inputs, draft)
+
+    graph_class.__call__ = counting
+    try:
+        yield rows
+    finally:
+        graph_class.__call__ = call
+
+
 class TestCompiledAndExported:
     """Without graph breaks, and with the same numbers."""
 
