@@ -10,8 +10,9 @@ What the language model costs in 4 and 8 bits, and how often its tokens stay tho
 Towers, projector and output head stay as they are. Each is a process of its own. Memory is that of the language
 model's layers: their tensors, with what belongs to them, and what is resident after loading and three actions. Times
 are of `predict_action`, without preprocessing. Tokens are compared with those that bfloat16 decodes of the same
-observations, frames of the tabletop for the small policy and noise for the random weights of the other; the share of
-single tokens, of which one that differs may change those behind it, and the share of whole actions.
+observations, frames of the tabletop for the small policy and noise for the random weights of the other: the share of
+tokens that are equal, of which one that differs may change those behind it, and by how many bins tokens are off on
+average, from those of bfloat16 and from those of float32.
 """
 
 import argparse
@@ -117,11 +118,11 @@ def compare(name: str, count: int, threads: int, methods: list[str]) -> dict[str
         figures = {
             method: in_new_process(measure, method, directory, name, observations, threads) for method in methods
         }
-    expected = torch.tensor(figures[REFERENCE]["token_ids"])
-    for figure in figures.values():
-        is_equal = torch.tensor(figure.pop("token_ids")) == expected  # (N, D)
-        figure["equal_tokens"] = is_equal.float().mean().item()
-        figure["equal_actions"] = is_equal.all(dim=1).float().mean().item()
+    tokens = {method: torch.tensor(figure.pop("token_ids")) for method, figure in figures.items()}  # (N, D) each
+    for method, figure in figures.items():
+        figure["equal_tokens"] = (tokens[method] == tokens[REFERENCE]).float().mean().item()
+        for other in ("bfloat16", "float32"):
+            figure[f"bins_off_{other}"] = (tokens[method] - tokens[other]).abs().float().mean().item()
     return figures
 
 
@@ -139,7 +140,8 @@ def main() -> None:
         "machine": {**machine(), "transformers": transformers.__version__, "load_average": os.getloadavg()[0]},
         "configurations": {},
     }
-    print(f"{'':14} {'':9} {'layers':>9} {'resident':>9} {'per action':>11} {'tokens':>7} {'actions':>8}")
+    header = f"{'':14} {'':9} {'layers':>9} {'resident':>9} {'per action':>11} {'tokens':>7}"
+    print(f"{header} {'off bf16':>9} {'off fp32':>9}")
     for name in arguments.configurations:
         figures = compare(name, arguments.observations, arguments.threads, methods)
         result["configurations"][name] = figures
@@ -147,7 +149,7 @@ def main() -> None:
             print(
                 f"{name:14} {method:9} {figure['layers_mib']:5.1f} MiB {figure['resident_mib']:5.0f} MiB "
                 f"{figure['milliseconds']['median']:8.1f} ms {figure['equal_tokens']:7.3f} "
-                f"{figure['equal_actions']:8.3f}",
+                f"{figure['bins_off_bfloat16']:9.2f} {figure['bins_off_float32']:9.2f}",
                 flush=True,
             )
     if arguments.output:
