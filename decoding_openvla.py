@@ -138,10 +138,7 @@ class StaticReader:
         config, batch_size, device = decoder.config, len(attention_mask), attention_mask.device
         self._head_dim = decoder.layers[0].self_attn.head_dim
         self._num_groups = config.num_attention_heads // config.num_key_value_heads
-        shape = (batch_size, config.num_key_value_heads, capacity, self._head_dim)
-        self.layers = [
-            _LayerFunctions(layer, torch.empty(2, *shape, dtype=dtype, device=device)) for layer in decoder.layers
-        ]
+        self.layers = [_LayerFunctions(layer, capacity) for layer in decoder.layers]
         self._norm = _as_function(decoder.norm)
         self._length, self._is_padded = 0, is_padded
         positions = torch.arange(capacity, device=device)  # (C,)
@@ -154,7 +151,7 @@ class StaticReader:
             mask = mask & attention_mask.bool()[:, None] | (positions == positions.T)  # (B, C, C)
             positions = positions_of(attention_mask)  # (B, C)
         self._mask = mask[:, None]  # (B or 1, 1, C, C)
-        cos, sin = decoder.rotary_emb(self.layers[0].keys, positions)  # (B or 1, C, D)
+        cos, sin = decoder.rotary_emb(torch.empty(0, dtype=dtype, device=device), positions)  # (B or 1, C, D)
         # The library turns the halves of a head and negates one; here the sign is the sine's.
         half = self._head_dim // 2
         signed_sin = torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
@@ -181,8 +178,7 @@ class StaticReader:
         """One layer over the positions from `start` to `end`, (B, end - start, H) -> (B, end - first, H)."""
         normed = layer.norm(hidden)
         keys, values = self._heads(layer.key(normed)), self._heads(layer.value(normed))  # (B, S, heads, D)
-        layer.keys[:, :, start:end] = self._rotate(keys, start, end).transpose(1, 2)
-        layer.values[:, :, start:end] = values.transpose(1, 2)
+        layer.store(self._rotate(keys, start, end), values, start, end)
         if first > start:
             hidden, normed = hidden[:, first - start :], normed[:, first - start :]
         query = self._rotate(self._heads(layer.query(normed)), first, end).transpose(1, 2)  # (B, heads, S, D)
@@ -215,9 +211,15 @@ class StaticReader:
 
 
 class _LayerFunctions:
-    """What a layer of a Llama computes, part by part, and its keys and values, (B, heads, C, D) each."""
+    """
+    What a layer of a Llama computes, part by part, and its keys and values, (B, heads, C, D) each.
 
-    def __init__(self, layer: nn.Module, cache: torch.Tensor):
+    Args:
+        layer (`nn.Module`): A layer of a Llama.
+        capacity (`int`): Positions to make room for, C.
+    """
+
+    def __init__(self, layer: nn.Module, capacity: int):
         attention, mlp = layer.self_attn, layer.mlp
         self.norm, self.mlp_norm = _as_function(layer.input_layernorm), _as_function(layer.post_attention_layernorm)
         self.query, self.key = _as_function(attention.q_proj), _as_function(attention.k_proj)
@@ -226,7 +228,18 @@ class _LayerFunctions:
         self.act = _as_function(mlp.act_fn)
         linears = (self.query, self.key, self.value, self.output, self.gate, self.up, self.down)
         self.is_plain = not any(isinstance(function, nn.Module) for function in linears)
-        self.keys, self.values = cache
+        self._capacity = capacity
+        self.keys: torch.Tensor | None = None
+        self.values: torch.Tensor | None = None
+
+    def store(self, keys: torch.Tensor, values: torch.Tensor, start: int, end: int) -> None:
+        """Keep keys and values (B, S, heads, D) of these positions; the first ones say of what type the cache is."""
+        if self.keys is None:
+            batch_size, _, num_heads, head_dim = keys.shape
+            shape = (batch_size, num_heads, self._capacity, head_dim)
+            self.keys, self.values = keys.new_empty(shape), values.new_empty(shape)
+        self.keys[:, :, start:end] = keys.transpose(1, 2)
+        self.values[:, :, start:end] = values.transpose(1, 2)
 
 
 # Layers that are what `StaticReader` takes them for, and rotary embeddings that do not depend on the length so far.
@@ -266,10 +279,15 @@ def _as_function(module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
     if type(module) is nn.Linear:
         weight, bias = module.weight, module.bias
         return lambda values: nn.functional.linear(values, weight, bias)
-    # In lower precision the library rounds between normalising and scaling.
     if type(module).__name__ == "LlamaRMSNorm" and module.weight.dtype == torch.float32:
         weight, eps = module.weight, module.variance_epsilon
-        return lambda values: nn.functional.rms_norm(values, weight.shape, weight, eps)
+
+        def normalize(values: torch.Tensor) -> torch.Tensor:
+            if values.dtype != torch.float32:  # the library rounds between normalising and scaling
+                return module(values)
+            return nn.functional.rms_norm(values, weight.shape, weight, eps)
+
+        return normalize
     return module
 
 

@@ -696,12 +696,7 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         size = self._action_dim(statistics[0])
         embodiment = self._embodiments_of(unnorm_key, len(input_ids))
         draft = self._checked_draft(draft_token_ids, input_ids, self.config.chunk_size * size, do_sample)
-        if self.training and any(getattr(module, "gradient_checkpointing", False) for module in self.modules()):
-            raise ValueError("`predict_action` needs a cache, which gradient checkpointing turns off: call `eval()`.")
-        for name, values in (("pixel_values", pixel_values), ("proprio", proprio)):
-            # A sum is not finite where a value is not, and takes a twentieth of the time of looking at each.
-            if values is not None and not torch.isfinite(values.sum(dtype=torch.float32)):
-                raise ValueError(f"`{name}` hold NaN or infinite values; the camera or the sensor is broken.")
+        self._check_ready(pixel_values=pixel_values, proprio=proprio)
         token_ids = logits = None
         if self.config.attention_mode == "causal":
             observation = (input_ids, attention_mask, pixel_values, proprio, embodiment)
@@ -888,6 +883,15 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
             return decode_fast_tokens(*prompt, self.fast_tokenizer.grammar, num_symbols=num_values, sampling=sampling)
         return decode_action_tokens(*prompt, num_tokens=num_values, sampling=sampling, draft=draft)
 
+    def _check_ready(self, **observation: torch.Tensor | None) -> None:
+        """Refuse to act without a cache, or on what no camera or sensor sees."""
+        if self.training and any(getattr(module, "gradient_checkpointing", False) for module in self.modules()):
+            raise ValueError("`predict_action` needs a cache, which gradient checkpointing turns off: call `eval()`.")
+        for name, values in observation.items():
+            # A sum is not finite where a value is not, and takes a twentieth of the time of looking at each.
+            if values is not None and not torch.isfinite(values.sum(dtype=torch.float32)):
+                raise ValueError(f"`{name}` hold NaN or infinite values; the camera or the sensor is broken.")
+
     def _checked_draft(
         self, draft: torch.LongTensor | None, input_ids: torch.LongTensor, num_tokens: int, do_sample: bool
     ) -> torch.LongTensor | None:
@@ -902,7 +906,7 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
                 f"`head_type={config.head_type!r}`."
             )
         _check_shape("draft_token_ids", draft, (len(input_ids), num_tokens))
-        return draft.to(input_ids.device).clamp(config.action_token_begin, config.action_token_end - 1)
+        return draft.to(input_ids.device, torch.long).clamp(config.action_token_begin, config.action_token_end - 1)
 
     def _decode_fast_ids(self, token_ids: torch.Tensor, action_dim: int) -> np.ndarray:
         """Normalised actions (B, K * D) of FAST tokens (B, S)."""
