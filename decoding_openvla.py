@@ -8,8 +8,12 @@ import numpy as np
 import torch
 from torch import nn
 from transformers import DynamicCache, LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers.utils import logging
 
 from .configuration_openvla import OpenVLAConfig
+
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -62,28 +66,268 @@ def check_finite(values: torch.Tensor, name: str = "logits") -> None:
 
 def action_logits_function(head: nn.Module, config: OpenVLAConfig) -> Callable[[torch.Tensor], torch.Tensor]:
     """
-    Function from hidden states (B, H) to the logits of the action tokens (B, num_action_tokens), in the order of the
-    ids.
+    Function from hidden states (..., H) to the logits of the action tokens (..., num_action_tokens), in the order of
+    the ids.
 
     Only a plain linear layer that holds its weight can be restricted to the rows of the action tokens; a wrapped,
     quantised or offloaded one computes all rows.
     """
     rows = slice(config.action_token_begin, config.action_token_end)
     if type(head) is not nn.Linear or hasattr(head, "_hf_hook"):
-        return lambda hidden: head(hidden)[:, rows]
+        return lambda hidden: head(hidden)[..., rows]
     bias = None if head.bias is None else head.bias[rows]
     return lambda hidden: nn.functional.linear(hidden, head.weight[rows], bias)
 
 
+class LibraryReader:
+    """
+    A language model that reads embeddings with the library's own code and growing cache, whatever model it is.
+
+    Args:
+        decoder (`nn.Module`): A causal language model without its head.
+        attention_mask (`torch.Tensor`): Of the prompt, left-padded, (B, T), zero at the padding.
+    """
+
+    def __init__(self, decoder: nn.Module, attention_mask: torch.Tensor):
+        self._decoder, self._mask = decoder, attention_mask
+        self._cache = DynamicCache(config=decoder.config)
+        self._positions = positions_of(attention_mask)  # (B, T), then of what is read
+
+    def read(self, embeddings: torch.Tensor, num_outputs: int = 1) -> torch.Tensor:
+        """Hidden states (B, num_outputs, H) of the last of `embeddings` (B, S, H), which follow what has been read."""
+        batch_size, length = embeddings.shape[:2]
+        if self._cache.get_seq_length():
+            self._mask = torch.cat([self._mask, self._mask.new_ones(batch_size, length)], dim=1)
+            steps = torch.arange(1, length + 1, device=self._positions.device)
+            self._positions = self._positions[:, -1:] + steps  # (B, S)
+        output = self._decoder(
+            inputs_embeds=embeddings,
+            attention_mask=self._mask,
+            position_ids=self._positions,
+            past_key_values=self._cache,
+            use_cache=True,
+        )
+        return output.last_hidden_state[:, -num_outputs:]
+
+
+class StaticReader:
+    """
+    A Llama that reads embeddings, with a key-value cache that is allocated once.
+
+    It computes what the library's layers compute, with their weights, and leaves out what costs time beside that:
+    masks and rotary embeddings are made once for all passes, nothing grows, no value is looked at by the host, and
+    the last layer runs for the positions alone whose output is asked for. Linear layers that are wrapped or quantised
+    are called as they are.
+
+    Args:
+        decoder (`nn.Module`): A Llama without its head, for which [`why_not_static`] has nothing to say.
+        attention_mask (`torch.Tensor`): Of the prompt, left-padded, (B, T), zero at the padding.
+        is_padded (`bool`): Whether there is any.
+        capacity (`int`): Positions to make room for, the prompt's T included.
+        dtype (`torch.dtype`): Of the embeddings.
+    """
+
+    def __init__(
+        self,
+        decoder: nn.Module,
+        attention_mask: torch.Tensor,
+        is_padded: bool,
+        capacity: int,
+        dtype: torch.dtype,
+    ):
+        config, batch_size, device = decoder.config, len(attention_mask), attention_mask.device
+        self._head_dim = decoder.layers[0].self_attn.head_dim
+        self._num_groups = config.num_attention_heads // config.num_key_value_heads
+        self.layers = [_LayerFunctions(layer, capacity) for layer in decoder.layers]
+        self._norm = _as_function(decoder.norm)
+        self._length, self._is_padded = 0, is_padded
+        positions = torch.arange(capacity, device=device)  # (C,)
+        mask = (positions <= positions[:, None])[None]  # (1, C, C)
+        positions = positions[None]  # (1, C)
+        if is_padded:
+            added = attention_mask.new_ones(batch_size, capacity - attention_mask.shape[1])
+            attention_mask = torch.cat([attention_mask, added], dim=1)  # (B, C)
+            # Padding sees itself: a row that sees nothing is NaN, which spreads through products with zero.
+            mask = mask & attention_mask.bool()[:, None] | (positions == positions.T)  # (B, C, C)
+            positions = positions_of(attention_mask)  # (B, C)
+        self._mask = mask[:, None]  # (B or 1, 1, C, C)
+        cos, sin = decoder.rotary_emb(torch.empty(0, dtype=dtype, device=device), positions)  # (B or 1, C, D)
+        # The library turns the halves of a head and negates one; here the sign is the sine's.
+        half = self._head_dim // 2
+        signed_sin = torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
+        self._cos, self._signed_sin = cos[:, :, None], signed_sin[:, :, None]  # (B or 1, C, 1, D)
+        # Calling a wrapped layer may change it for good, and training could not use what is made in this mode.
+        is_plain = all(layer.is_plain for layer in self.layers)
+        self._mode = torch.inference_mode if is_plain else torch.no_grad
+
+    def read(self, embeddings: torch.Tensor, num_outputs: int = 1) -> torch.Tensor:
+        """Hidden states (B, num_outputs, H) of the last of `embeddings` (B, S, H), which follow what has been read."""
+        start, end = self._length, self._length + embeddings.shape[1]
+        self._length = end
+        with self._mode():
+            hidden = embeddings
+            for layer in self.layers[:-1]:
+                hidden = self._run(layer, hidden, start, start, end)
+            return self._norm(self._run(self.layers[-1], hidden, start, end - num_outputs, end))
+
+    def forget(self, num_positions: int) -> None:
+        """Take back the last positions that have been read."""
+        self._length -= num_positions
+
+    def _run(self, layer: "_LayerFunctions", hidden: torch.Tensor, start: int, first: int, end: int) -> torch.Tensor:
+        """One layer over the positions from `start` to `end`, (B, end - start, H) -> (B, end - first, H)."""
+        normed = layer.norm(hidden)
+        keys, values = self._heads(layer.key(normed)), self._heads(layer.value(normed))  # (B, S, heads, D)
+        layer.store(self._rotate(keys, start, end), values, start, end)
+        if first > start:
+            hidden, normed = hidden[:, first - start :], normed[:, first - start :]
+        query = self._rotate(self._heads(layer.query(normed)), first, end).transpose(1, 2)  # (B, heads, S, D)
+        attended = self._attend(query, layer.keys[:, :, :end], layer.values[:, :, :end], first, end)
+        hidden = hidden + layer.output(attended.transpose(1, 2).flatten(2))
+        normed = layer.mlp_norm(hidden)
+        return hidden + layer.down(layer.act(layer.gate(normed)) * layer.up(normed))
+
+    def _heads(self, values: torch.Tensor) -> torch.Tensor:
+        """(B, S, heads * D) -> (B, S, heads, D)."""
+        return values.view(values.shape[0], values.shape[1], -1, self._head_dim)
+
+    def _rotate(self, heads: torch.Tensor, start: int, end: int) -> torch.Tensor:
+        """Rotary embedding of (B, S, heads, D) at these positions."""
+        turned = heads.roll(self._head_dim // 2, dims=-1)
+        return heads * self._cos[:, start:end] + turned * self._signed_sin[:, start:end]
+
+    def _attend(
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, start: int, end: int
+    ) -> torch.Tensor:
+        """Attention of the positions from `start` to `end` to all that are not behind them, (B, heads, S, D)."""
+        if self._num_groups > 1:
+            keys, values = (each.repeat_interleave(self._num_groups, dim=1) for each in (keys, values))
+        attention = nn.functional.scaled_dot_product_attention
+        if self._is_padded or 0 < start < end - 1:
+            return attention(query, keys, values, attn_mask=self._mask[:, :, start:end, :end])
+        if start == end - 1:
+            return attention(query, keys, values)
+        return attention(query, keys, values, is_causal=True)
+
+
+class _LayerFunctions:
+    """
+    What a layer of a Llama computes, part by part, and its keys and values, (B, heads, C, D) each.
+
+    Args:
+        layer (`nn.Module`): A layer of a Llama.
+        capacity (`int`): Positions to make room for, C.
+    """
+
+    def __init__(self, layer: nn.Module, capacity: int):
+        attention, mlp = layer.self_attn, layer.mlp
+        self.norm, self.mlp_norm = _as_function(layer.input_layernorm), _as_function(layer.post_attention_layernorm)
+        self.query, self.key = _as_function(attention.q_proj), _as_function(attention.k_proj)
+        self.value, self.output = _as_function(attention.v_proj), _as_function(attention.o_proj)
+        self.gate, self.up, self.down = (_as_function(part) for part in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
+        self.act = _as_function(mlp.act_fn)
+        linears = (self.query, self.key, self.value, self.output, self.gate, self.up, self.down)
+        self.is_plain = not any(isinstance(function, nn.Module) for function in linears)
+        self._capacity = capacity
+        self.keys: torch.Tensor | None = None
+        self.values: torch.Tensor | None = None
+
+    def store(self, keys: torch.Tensor, values: torch.Tensor, start: int, end: int) -> None:
+        """Keep keys and values (B, S, heads, D) of these positions; the first ones say of what type the cache is."""
+        if self.keys is None:
+            batch_size, _, num_heads, head_dim = keys.shape
+            shape = (batch_size, num_heads, self._capacity, head_dim)
+            self.keys, self.values = keys.new_empty(shape), values.new_empty(shape)
+        self.keys[:, :, start:end] = keys.transpose(1, 2)
+        self.values[:, :, start:end] = values.transpose(1, 2)
+
+
+# Layers that are what `StaticReader` takes them for, and rotary embeddings that do not depend on the length so far.
+_LLAMA_PARTS = ("LlamaDecoderLayer", "LlamaAttention", "LlamaMLP")
+_STATIC_ROPE_TYPES = ("default", "linear", "llama3")
+
+
+def why_not_static(decoder: nn.Module, device: torch.device) -> str | None:
+    """What keeps a language model without its head from [`StaticReader`] on a device; `None`: nothing does."""
+    if type(decoder).__name__ != "LlamaModel":
+        return f"the language model is a {type(decoder).__name__} and not a LlamaModel"
+    if decoder.config._attn_implementation != "sdpa":
+        return f"the attention implementation is {decoder.config._attn_implementation!r} and not 'sdpa'"
+    if decoder.rotary_emb.rope_type not in _STATIC_ROPE_TYPES:
+        return f"the rotary embedding is of type {decoder.rotary_emb.rope_type!r}, which changes while it reads"
+    if torch.is_autocast_enabled(device.type):
+        return "autocast is on"
+    for layer in decoder.layers:
+        kinds = tuple(type(part).__name__ for part in (layer, layer.self_attn, layer.mlp))
+        if kinds != _LLAMA_PARTS:
+            return f"a layer is made of {kinds} and not of {_LLAMA_PARTS}"
+    if decoder.training and decoder.config.attention_dropout:
+        return "it is in training, with dropout"
+    if any(_has_hooks(part) for part in decoder.modules()):
+        return "its layers have hooks (as with offloading, or on several devices), or are compiled"
+    return None
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    """Whether calling `module` does something beside what its class does."""
+    is_hooked = module._forward_hooks or module._forward_pre_hooks or module._compiled_call_impl is not None
+    return bool(is_hooked) or "forward" in module.__dict__
+
+
+def _as_function(module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What `module` computes, where that is simple without the call of a module, which takes as long as a product."""
+    if type(module) is nn.Linear:
+        weight, bias = module.weight, module.bias
+        return lambda values: nn.functional.linear(values, weight, bias)
+    if type(module).__name__ == "LlamaRMSNorm" and module.weight.dtype == torch.float32:
+        weight, eps = module.weight, module.variance_epsilon
+
+        def normalize(values: torch.Tensor) -> torch.Tensor:
+            if values.dtype != torch.float32:  # the library rounds between normalising and scaling
+                return module(values)
+            return nn.functional.rms_norm(values, weight.shape, weight, eps)
+
+        return normalize
+    return module
+
+
+def make_reader(
+    decoder: nn.Module,
+    attention_mask: torch.Tensor,
+    max_new_tokens: int,
+    dtype: torch.dtype,
+    is_padded: bool | None = None,
+) -> LibraryReader | StaticReader:
+    """
+    The fastest reader for a language model without its head.
+
+    Args:
+        decoder (`nn.Module`): A causal language model without its head.
+        attention_mask (`torch.Tensor`): Of the prompt, left-padded, (B, T), zero at the padding.
+        max_new_tokens (`int`): Tokens that may follow it.
+        dtype (`torch.dtype`): Of the embeddings.
+        is_padded (`bool`, *optional*): Whether there is padding; by default the mask is looked at.
+    """
+    reason = why_not_static(decoder, attention_mask.device)
+    if reason is not None:
+        logger.info(f"Decoding takes the library's way, since {reason}.")
+        return LibraryReader(decoder, attention_mask)
+    if is_padded is None:
+        is_padded = not bool(attention_mask.all())
+    return StaticReader(decoder, attention_mask, is_padded, attention_mask.shape[1] + max_new_tokens, dtype)
+
+
 class TokenDecoder:
     """
-    A language model that reads token after token, with a key-value cache.
+    A language model that reads a prompt and then tokens, and gives the logits of the action tokens.
 
     Args:
         language_model (`nn.Module`): A causal language model.
         config (`OpenVLAConfig`): Names the action tokens.
         inputs_embeds (`torch.Tensor`): The prompt, left-padded, (B, T, H).
         attention_mask (`torch.Tensor`): (B, T), zero at the padding.
+        max_new_tokens (`int`): Tokens that may follow it.
+        is_padded (`bool`, *optional*): Whether there is padding; by default the mask is looked at.
     """
 
     def __init__(
@@ -92,30 +336,41 @@ class TokenDecoder:
         config: OpenVLAConfig,
         inputs_embeds: torch.Tensor,
         attention_mask: torch.Tensor,
+        max_new_tokens: int,
+        is_padded: bool | None = None,
     ):
-        self.decoder, self.embed = language_model.get_decoder(), language_model.get_input_embeddings()
-        self.to_action_logits = action_logits_function(language_model.get_output_embeddings(), config)
-        self.cache = DynamicCache(config=language_model.config)
-        self.inputs_embeds, self.attention_mask = inputs_embeds, attention_mask
-        self.position_ids = positions_of(attention_mask)  # (B, T)
+        self._embed = language_model.get_input_embeddings()
+        self._to_action_logits = action_logits_function(language_model.get_output_embeddings(), config)
+        decoder = language_model.get_decoder()
+        self._reader = make_reader(decoder, attention_mask, max_new_tokens, inputs_embeds.dtype, is_padded)
+        self._prompt: torch.Tensor | None = inputs_embeds  # until it is read
+        self.device = inputs_embeds.device
 
-    def next_logits(self) -> torch.Tensor:
-        """Logits of the action tokens behind what has been read, in the order of the ids, (B, num_action_tokens)."""
-        output = self.decoder(
-            inputs_embeds=self.inputs_embeds,
-            attention_mask=self.attention_mask,
-            position_ids=self.position_ids,
-            past_key_values=self.cache,
-            use_cache=True,
-        )
-        return self.to_action_logits(output.last_hidden_state[:, -1])
+    @property
+    def can_forget(self) -> bool:
+        """Whether tokens that were read can be taken back."""
+        return isinstance(self._reader, StaticReader)
 
-    def append(self, token_ids: torch.Tensor) -> None:
-        """Take one more token (B,) to be read."""
-        self.inputs_embeds = self.embed(token_ids[:, None])  # (B, 1, H)
-        ones = self.attention_mask.new_ones(len(self.attention_mask), 1)
-        self.attention_mask = torch.cat([self.attention_mask, ones], dim=1)
-        self.position_ids = self.position_ids[:, -1:] + 1  # (B, 1)
+    def read(self, token_ids: torch.Tensor, num_outputs: int = 1) -> torch.Tensor:
+        """
+        Logits behind the last `num_outputs` positions.
+
+        Args:
+            token_ids (`torch.Tensor`): What is to be read next, (B, S); the first time it follows the prompt, and S
+                may be 0.
+            num_outputs (`int`, defaults to 1): Positions.
+
+        Returns:
+            `torch.Tensor`: (B, num_outputs, num_action_tokens), in the order of the ids.
+        """
+        embeddings = self._embed(token_ids)  # (B, S, H)
+        if self._prompt is not None:
+            embeddings, self._prompt = torch.cat([self._prompt, embeddings], dim=1), None
+        return self._to_action_logits(self._reader.read(embeddings, num_outputs))
+
+    def forget(self, num_tokens: int) -> None:
+        """Take back the last tokens that were read."""
+        self._reader.forget(num_tokens)
 
 
 def decode_action_tokens(
@@ -125,9 +380,10 @@ def decode_action_tokens(
     attention_mask: torch.Tensor,
     num_tokens: int,
     sampling: SamplingParams,
+    draft: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Decode action tokens one by one with a key-value cache, restricted to the action bins.
+    Decode action tokens with a key-value cache, restricted to the action bins: one by one, or from a draft.
 
     Args:
         language_model (`nn.Module`): A causal language model.
@@ -136,6 +392,8 @@ def decode_action_tokens(
         attention_mask (`torch.Tensor`): (B, T), zero at the padding.
         num_tokens (`int`): Tokens to decode.
         sampling (`SamplingParams`): Greedy or sampled.
+        draft (`torch.Tensor`, *optional*): Action tokens that may be right, (B, num_tokens), for greedy decoding. A
+            single row without one is verified from a guess.
 
     Returns:
         `tuple`: Token ids (B, num_tokens), and the logits of the action tokens they were chosen from, in the order of
@@ -144,16 +402,153 @@ def decode_action_tokens(
     Raises:
         FloatingPointError: If logits are not finite.
     """
-    decoder = TokenDecoder(language_model, config, inputs_embeds, attention_mask)
-    token_ids, logits = [], []
-    for step in range(num_tokens):
-        if step:
-            decoder.append(token_ids[-1])
-        logits.append(decoder.next_logits())  # (B, n_action_bins)
-        token_ids.append(sampling.select(logits[-1]) + config.action_token_begin)  # (B,)
-    logits = torch.stack(logits, dim=1)
+    decoder = TokenDecoder(language_model, config, inputs_embeds, attention_mask, num_tokens)
+    if draft is None and len(inputs_embeds) == 1 and not sampling.do_sample:
+        # In a batch the row with the worst guess decides, and reading all tokens is no longer cheap.
+        draft = guess_tokens(config, 1, num_tokens, inputs_embeds.device)
+    if draft is not None and decoder.can_forget:
+        token_ids, logits = _verify(decoder, config, draft)
+    else:
+        token_ids, logits = _decode_one_by_one(decoder, config, len(inputs_embeds), num_tokens, sampling)
     check_finite(logits)
-    return torch.stack(token_ids, dim=1), logits
+    return token_ids, logits
+
+
+def _decode_one_by_one(
+    decoder: TokenDecoder, config: OpenVLAConfig, batch_size: int, num_tokens: int, sampling: SamplingParams
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As [`decode_action_tokens`]; on no device does the host wait for a token."""
+    device = decoder.device
+    token_ids, logits = [torch.empty(batch_size, 0, dtype=torch.long, device=device)], []
+    for _ in range(num_tokens):
+        logits.append(decoder.read(token_ids[-1]))  # (B, 1, n_action_bins)
+        token_ids.append(sampling.select(logits[-1][:, 0])[:, None] + config.action_token_begin)  # (B, 1)
+    return torch.cat(token_ids, dim=1), torch.cat(logits, dim=1)
+
+
+def _verify(decoder: TokenDecoder, config: OpenVLAConfig, draft: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    What greedy decoding gives, by reading a guess of all tokens at once, (B, N).
+
+    What follows a prefix of right tokens is right: each pass makes the first wrong guess of every row right, and a
+    new guess of those behind it, which are read again (Jacobi's method). There are never more passes than tokens.
+    """
+    num_tokens = draft.shape[1]
+    guess = draft
+    logits = decoder.read(guess[:, :-1], num_tokens)  # (B, N, n_action_bins)
+    while True:
+        token_ids = logits.argmax(dim=-1) + config.action_token_begin  # (B, N)
+        num_right = int(count_right(guess, token_ids).min())  # of the tokens that every row has read
+        num_wrong = num_tokens - 1 - num_right
+        if num_wrong <= 0:
+            return token_ids, logits
+        decoder.forget(num_wrong)
+        guess = token_ids
+        logits = torch.cat([logits[:, : num_right + 1], decoder.read(guess[:, num_right:-1], num_wrong)], dim=1)
+
+
+def guess_tokens(config: OpenVLAConfig, batch_size: int, num_tokens: int, device: torch.device) -> torch.Tensor:
+    """A draft where there is none, (B, N): no movement, the middle of every bound."""
+    middle = config.action_token_end - config.n_action_bins // 2
+    return torch.full((batch_size, num_tokens), middle, device=device)
+
+
+def count_right(draft: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+    """Length of the prefix in which a draft is right, of each row, (B, N) -> (B,)."""
+    return (draft == token_ids).long().cumprod(dim=1).sum(dim=1)
+
+
+class ActionGraph:
+    """
+    A greedy action of fixed shapes, from pictures to tokens, in two parts that CUDA graphs can record.
+
+    The first reads the prompt and a guess of all tokens; the second reads the tokens again that came out. It is
+    repeated while they change, as in `_verify`, and each part is the same whatever it is given: there is padding in
+    front of every prompt, and all tokens are read each time, since a few cost what one costs where weights are
+    streamed.
+
+    Args:
+        language_model (`nn.Module`): A causal language model that [`why_not_static`] has nothing to say of.
+        config (`OpenVLAConfig`): Names the action tokens.
+        embed (`Callable`): From `inputs` to the embeddings of the prompt, (B, T, H), without a look at a value.
+        inputs (`dict[str, torch.Tensor]`): Of the shapes to come; `attention_mask` (B, T) is one of them.
+        num_tokens (`int`): Tokens to decode.
+    """
+
+    def __init__(
+        self,
+        language_model: nn.Module,
+        config: OpenVLAConfig,
+        embed: Callable[[dict[str, torch.Tensor]], torch.Tensor],
+        inputs: dict[str, torch.Tensor],
+        num_tokens: int,
+    ):
+        self._language_model, self._config, self._embed = language_model, config, embed
+        self.inputs = {name: value.clone() for name, value in inputs.items()}
+        batch_size, device = len(inputs["attention_mask"]), inputs["attention_mask"].device
+        weight = language_model.get_input_embeddings().weight
+        self._guess = torch.zeros(batch_size, num_tokens, dtype=torch.long, device=device)
+        self._token_ids = torch.zeros_like(self._guess)
+        self._logits = torch.zeros(*self._guess.shape, config.n_action_bins, dtype=weight.dtype, device=device)
+        self._decoder: TokenDecoder | None = None
+        self._parts: list[Callable[[], None]] = [self._begin, self._go_on]
+
+    @property
+    def num_tokens(self) -> int:
+        return self._guess.shape[1]
+
+    def record(self) -> None:
+        """Replace both parts by CUDA graphs of them."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                self._begin()
+                self._go_on()
+        torch.cuda.current_stream().wait_stream(stream)
+        graphs = [torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()]
+        with torch.cuda.graph(graphs[0]):
+            self._begin()
+        with torch.cuda.graph(graphs[1], pool=graphs[0].pool()):
+            self._go_on()
+        self._parts = [graph.replay for graph in graphs]
+
+    def __call__(self, inputs: dict[str, torch.Tensor], draft: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Token ids (B, N) and logits (B, N, n_action_bins), as of [`decode_action_tokens`].
+
+        Args:
+            inputs (`dict[str, torch.Tensor]`): Of the shapes of those that this was made with.
+            draft (`torch.Tensor`): (B, N), action tokens that may be right.
+        """
+        for name, value in inputs.items():
+            self.inputs[name].copy_(value)
+        self._guess.copy_(draft)
+        begin, go_on = self._parts
+        begin()
+        while not torch.equal(self._guess[:, :-1], self._token_ids[:, :-1]):
+            go_on()
+        check_finite(self._logits)
+        return self._token_ids.clone(), self._logits.clone()
+
+    def _begin(self) -> None:
+        """Read the prompt and the guess."""
+        mask, embeddings = self.inputs["attention_mask"], self._embed(self.inputs)
+        self._decoder = TokenDecoder(
+            self._language_model, self._config, embeddings, mask, self.num_tokens, is_padded=True
+        )
+        self._keep(self._decoder.read(self._guess[:, :-1], self.num_tokens))
+
+    def _go_on(self) -> None:
+        """Read the tokens that came out in the place of the guess; the first is right and needs none."""
+        self._guess.copy_(self._token_ids)
+        self._decoder.forget(self.num_tokens - 1)
+        self._keep(self._decoder.read(self._guess[:, :-1], self.num_tokens - 1))
+
+    def _keep(self, logits: torch.Tensor) -> None:
+        """Take the last logits, (B, 1..N, n_action_bins), and the tokens that they stand for."""
+        self._logits[:, -logits.shape[1] :] = logits
+        self._token_ids.copy_(self._logits.argmax(dim=-1) + self._config.action_token_begin)
 
 
 def decode_fast_tokens(
@@ -180,24 +575,26 @@ def decode_fast_tokens(
     Raises:
         FloatingPointError: If logits are not finite.
     """
-    decoder = TokenDecoder(language_model, config, inputs_embeds, attention_mask)
-    token_ids, logits = [], [decoder.next_logits()]
-    costs, next_states = (torch.from_numpy(table).to(logits[0].device) for table in grammar)  # (S, V)
-    missing = torch.full((len(inputs_embeds),), num_symbols, device=logits[0].device)  # (B,)
+    # Each token spells a symbol at least, or begins one.
+    decoder = TokenDecoder(language_model, config, inputs_embeds, attention_mask, 2 * num_symbols)
+    device = decoder.device
+    token_ids, logits = [torch.empty(len(inputs_embeds), 0, dtype=torch.long, device=device)], []
+    costs, next_states = (torch.from_numpy(table).to(device) for table in grammar)  # (S, V)
+    missing = torch.full((len(inputs_embeds),), num_symbols, device=device)  # (B,)
     states = torch.zeros_like(missing)
     while True:
+        logits.append(decoder.read(token_ids[-1]))  # (B, 1, fast_vocab_size)
         check_finite(logits[-1])
         # A character that is begun needs one symbol more.
         fits = costs[states] + (next_states[states] > 0) <= missing[:, None]  # (B, V)
         has_ended = missing == 0
-        tokens = sampling.select(logits[-1].flip(-1), fits | has_ended[:, None])  # (B,), 0 has the last id
-        token_ids.append((config.action_token_end - 1 - tokens).where(~has_ended, config.stop_token_id))
+        tokens = sampling.select(logits[-1][:, 0].flip(-1), fits | has_ended[:, None])  # (B,), 0 has the last id
+        chosen = (config.action_token_end - 1 - tokens).where(~has_ended, config.stop_token_id)
+        token_ids.append(chosen[:, None])
         missing = missing - costs[states, tokens].where(~has_ended, 0)
         states = next_states[states, tokens].where(~has_ended, 0)
         if not missing.any():
-            return torch.stack(token_ids, dim=1), torch.stack(logits, dim=1)
-        decoder.append(token_ids[-1])
-        logits.append(decoder.next_logits())
+            return torch.cat(token_ids, dim=1), torch.cat(logits, dim=1)
 
 
 def left_pad(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -50,15 +50,19 @@ from .configuration_openvla import (
     copy_remote_code,
 )
 from .decoding_openvla import (
+    ActionGraph,
     SamplingParams,
     action_logits_function,
     bidirectional_arguments,
     check_attention,
     check_finite,
+    count_right,
     decode_action_tokens,
     decode_fast_tokens,
+    guess_tokens,
     left_pad,
     positions_of,
+    why_not_static,
 )
 from .fast_tokenizer_openvla import FastTokenizer, ids_to_tokens
 
@@ -122,6 +126,7 @@ class OpenVLAActionOutput(ModelOutput):
             the order of the tokens, before the grammar, too; 0 behind a row's end.
         entropy (`torch.Tensor`): float32, the shape of `token_ids`, of `probabilities`, in nats: 0 where the model is
             sure, log(n_action_bins) where it knows nothing.
+        accepted_tokens (`torch.Tensor`): (B,), with a draft: how many of each row's first tokens were right in it.
     """
 
     actions: np.ndarray | None = None
@@ -129,6 +134,7 @@ class OpenVLAActionOutput(ModelOutput):
     token_ids: torch.LongTensor | None = None
     probabilities: torch.FloatTensor | None = None
     entropy: torch.FloatTensor | None = None
+    accepted_tokens: torch.LongTensor | None = None
 
 
 # Parameters and modules of the towers carry timm's names: published checkpoints and adapters use them.
@@ -384,6 +390,8 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         self._fast_tokenizer: FastTokenizer | None = None
         self.num_image_tokens = config.num_image_tokens
         self._checked_attention: str | None = None
+        self._action_graphs: dict[tuple[int, int], ActionGraph] = {}  # by batch size and positions of the prompt
+        self._recorded_weights: list[int] = []
         # FSDP on transformers 4.57 asks the top model alone what not to split.
         self._no_split_modules = [*self._no_split_modules, *(self.language_model._no_split_modules or ())]
         self.post_init()
@@ -649,6 +657,7 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         generator: torch.Generator | None = None,
         num_inference_steps: int | None = None,
         noise: torch.FloatTensor | None = None,
+        draft_token_ids: torch.LongTensor | None = None,
         return_dict: bool = False,
     ) -> np.ndarray | OpenVLAActionOutput:
         """
@@ -670,6 +679,9 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
                 also draws the noise that the `diffusion` and `flow` heads begin with.
             num_inference_steps (`int`, *optional*): Passes of these heads; the configuration's by default.
             noise (`torch.FloatTensor`, *optional*): (B, K, D), what they begin with, instead of a drawn one.
+            draft_token_ids (`torch.LongTensor`, *optional*): (B, K * D), tokens that may be right, such as the
+                previous action's `token_ids`. They are verified with the prompt, and save passes where they are
+                right; the result is that of greedy decoding without them. A row without a draft holds -1.
             return_dict (`bool`, defaults to `False`): Return probabilities and entropy as well.
 
         Returns:
@@ -678,7 +690,8 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
 
         Raises:
             ValueError: On an unknown `unnorm_key`, rows that differ in action dimension, an empty batch, pixel values
-                or a state that are not finite, or a FAST tokenizer that is not there.
+                or a state that are not finite, a FAST tokenizer that is not there, or a draft where tokens are not
+                decoded greedily one by one.
             FloatingPointError: If the logits, or the actions of a head, are not finite.
         """
         sampling = SamplingParams(do_sample, temperature, top_k, top_p, generator)
@@ -686,16 +699,12 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         statistics = select_row_statistics(self.norm_stats, unnorm_key, len(input_ids))
         size = self._action_dim(statistics[0])
         embodiment = self._embodiments_of(unnorm_key, len(input_ids))
-        if self.training and any(getattr(module, "gradient_checkpointing", False) for module in self.modules()):
-            raise ValueError("`predict_action` needs a cache, which gradient checkpointing turns off: call `eval()`.")
-        for name, values in (("pixel_values", pixel_values), ("proprio", proprio)):
-            if values is not None and not torch.isfinite(values).all():
-                raise ValueError(f"`{name}` hold NaN or infinite values; the camera or the sensor is broken.")
+        draft = self._checked_draft(draft_token_ids, input_ids, self.config.chunk_size * size, do_sample)
+        self._check_ready(pixel_values=pixel_values, proprio=proprio)
         token_ids = logits = None
         if self.config.attention_mode == "causal":
-            token_ids, logits = self._predict_one_by_one(
-                input_ids, attention_mask, pixel_values, proprio, embodiment, self.config.chunk_size * size, sampling
-            )
+            observation = (input_ids, attention_mask, pixel_values, proprio, embodiment)
+            token_ids, logits = self._predict_one_by_one(*observation, self.config.chunk_size * size, sampling, draft)
         else:
             self._check_attention_once()
             width = size if self.action_head is None else self.config.action_dim
@@ -708,7 +717,121 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
             normalized = self._decode_fast_ids(token_ids, size)
         elif token_ids is not None:
             normalized = self.codec.decode(token_ids.cpu().numpy())  # (B, K * D)
-        return self._action_output(normalized, statistics, token_ids, logits, return_dict)
+        output = self._action_output(normalized, statistics, token_ids, logits, return_dict)
+        if return_dict and draft is not None:
+            output["accepted_tokens"] = count_right(draft_token_ids.to(token_ids.device), token_ids)
+        return output
+
+    @torch.no_grad()
+    def warm_up(self, batch_sizes: Sequence[int] = (1,), text_lengths: Sequence[int] = (32, 64)) -> int:
+        """
+        Record greedy actions as CUDA graphs, from pictures to tokens, for `predict_action` to replay: without them the
+        host takes longer to launch an action's kernels than the device to run them.
+
+        A prompt takes the shortest graph that it fits in, a longer one none. Recorded is what the model is now: call
+        this again when it was moved, or its weights were replaced and not changed in place; until then actions are
+        decoded as without it. Experimental: it has never run on a GPU, and is tested without the recording.
+
+        Args:
+            batch_sizes (`Sequence[int]`, defaults to `(1,)`): Batches to come.
+            text_lengths (`Sequence[int]`, defaults to `(32, 64)`): Tokens of text up to which there is a graph.
+
+        Returns:
+            `int`: Graphs that were recorded; 0 where the log says why there are none.
+        """
+        self._action_graphs, self._recorded_weights = {}, []
+        reason = self._why_no_graphs()
+        if reason is not None:
+            logger.warning(f"No action is recorded, since {reason}: actions are decoded as without `warm_up`.")
+            return 0
+        graphs = {}
+        for batch_size in batch_sizes:
+            for text_length in text_lengths:
+                graph = self._make_graph(batch_size, text_length + self.num_image_tokens)
+                try:
+                    graph.record()
+                except RuntimeError as error:
+                    logger.warning(f"No action is recorded, since the device refuses one: {error}")
+                    return 0
+                graphs[graph.inputs["input_ids"].shape] = graph
+        self._action_graphs, self._recorded_weights = graphs, self._weight_addresses()
+        return len(graphs)
+
+    def _why_no_graphs(self) -> str | None:
+        """What keeps this model from [`warm_up`]; `None`: nothing does."""
+        config = self.config
+        if config.attention_mode != "causal" or config.head_type != "tokens":
+            return f"it is for action tokens one by one, not {config.attention_mode!r} {config.head_type!r}"
+        if config.embodiments is not None:
+            return "the policy looks at its robot's number"
+        if len({action_dim(statistics) for statistics in self.norm_stats.values()}) != 1:
+            return "the actions of its datasets differ in dimension"
+        if any(type(parameter) is not nn.Parameter for parameter in self.parameters()):
+            return "its weights are quantised"
+        if self.device.type != "cuda":
+            return f"the model is on {self.device.type!r} and not on 'cuda'"
+        return why_not_static(self.get_decoder(), self.device)
+
+    def _make_graph(self, batch_size: int, length: int) -> ActionGraph:
+        """An action of fixed shapes, not recorded yet, for prompts of up to `length` positions with the image."""
+        config, device = self.config, self.device
+        shape, side = (batch_size, length), config.image_sizes[0]
+        channels = 3 * len(config.image_sizes) * config.num_images
+        ids = torch.full(shape, config.image_token_id, device=device)
+        ids[:, self.num_image_tokens :] = 0
+        inputs = {
+            "input_ids": ids,
+            "attention_mask": torch.ones(shape, dtype=torch.long, device=device),
+            "pixel_values": torch.zeros(batch_size, channels, side, side, dtype=self.dtype, device=device),
+        }
+        if config.use_proprio:
+            inputs["proprio"] = torch.zeros(batch_size, config.proprio_dim, dtype=self.dtype, device=device)
+
+        def embed(given: dict[str, torch.Tensor]) -> torch.Tensor:
+            images, proprio = given["pixel_values"], given.get("proprio")
+            features = self._observe(given["input_ids"], given["attention_mask"], None, images, proprio, None)
+            return self._embed(given["input_ids"], features)
+
+        num_tokens = config.chunk_size * self.get_action_dim(next(iter(self.norm_stats)))
+        return ActionGraph(self.language_model, config, embed, inputs, num_tokens)
+
+    def _graph_inputs(
+        self,
+        graph: ActionGraph,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor,
+        pixel_values: torch.FloatTensor,
+        proprio: torch.FloatTensor | None,
+    ) -> dict[str, torch.Tensor]:
+        """Inputs for a recorded action, with as much padding in front as it takes."""
+        missing = graph.inputs["input_ids"].shape[1] - input_ids.shape[1]
+        inputs = {
+            "input_ids": nn.functional.pad(input_ids, (missing, 0)),
+            "attention_mask": nn.functional.pad(attention_mask, (missing, 0)),
+            "pixel_values": pixel_values,
+        }
+        if proprio is not None:
+            _check_shape("proprio", proprio, tuple(graph.inputs["proprio"].shape))
+            inputs["proprio"] = proprio
+        return inputs
+
+    def _find_graph(self, batch_size: int, length: int, num_tokens: int) -> ActionGraph | None:
+        """The shortest recorded action for such prompts, if what was recorded is still there."""
+        if not self._action_graphs:
+            return None
+        if self._recorded_weights != self._weight_addresses():
+            logger.warning("The model was moved or changed: call `warm_up` again. Actions are decoded without it.")
+            self._action_graphs = {}
+            return None
+        fitting = [
+            (known, graph)
+            for (size, known), graph in self._action_graphs.items()
+            if size == batch_size and known >= length and graph.num_tokens == num_tokens
+        ]
+        return min(fitting, key=lambda pair: pair[0])[1] if fitting else None
+
+    def _weight_addresses(self) -> list[int]:
+        return [parameter.data_ptr() for parameter in self.parameters()]
 
     def check_attention(self) -> None:
         """
@@ -745,18 +868,49 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         embodiment: torch.LongTensor | None,
         num_values: int,
         sampling: SamplingParams,
+        draft: torch.LongTensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ids (B, `num_values`), or of FAST tokens (B, S), and the logits they were chosen from."""
         is_fast = self.config.head_type == "fast"
         if is_fast and self.fast_tokenizer is None:
             raise ValueError("The policy speaks in FAST tokens and has no tokenizer: assign `model.fast_tokenizer`.")
         input_ids, attention_mask, _ = self._expand_image(input_ids, pixel_values, attention_mask)
+        graph = self._find_graph(*input_ids.shape, num_values)
+        if graph is not None and not sampling.do_sample and (proprio is not None) == self.config.use_proprio:
+            inputs = self._graph_inputs(graph, input_ids, attention_mask, pixel_values, proprio)
+            guess = guess_tokens(self.config, len(input_ids), num_values, input_ids.device)
+            return graph(inputs, guess if draft is None else draft)
         features = self._observe(input_ids, attention_mask, None, pixel_values, proprio, embodiment)
         inputs_embeds = self._embed(input_ids, features)
         prompt = (self.language_model, self.config, inputs_embeds, attention_mask)
         if is_fast:
             return decode_fast_tokens(*prompt, self.fast_tokenizer.grammar, num_symbols=num_values, sampling=sampling)
-        return decode_action_tokens(*prompt, num_tokens=num_values, sampling=sampling)
+        return decode_action_tokens(*prompt, num_tokens=num_values, sampling=sampling, draft=draft)
+
+    def _check_ready(self, **observation: torch.Tensor | None) -> None:
+        """Refuse to act without a cache, or on what no camera or sensor sees."""
+        if self.training and any(getattr(module, "gradient_checkpointing", False) for module in self.modules()):
+            raise ValueError("`predict_action` needs a cache, which gradient checkpointing turns off: call `eval()`.")
+        for name, values in observation.items():
+            # A sum is not finite where a value is not, and takes a twentieth of the time of looking at each.
+            if values is not None and not torch.isfinite(values.sum(dtype=torch.float32)):
+                raise ValueError(f"`{name}` hold NaN or infinite values; the camera or the sensor is broken.")
+
+    def _checked_draft(
+        self, draft: torch.LongTensor | None, input_ids: torch.LongTensor, num_tokens: int, do_sample: bool
+    ) -> torch.LongTensor | None:
+        """`draft` (B, `num_tokens`) beside the ids, each of them an action token."""
+        if draft is None:
+            return None
+        config = self.config
+        if do_sample or config.attention_mode != "causal" or config.head_type != "tokens":
+            raise ValueError(
+                "`draft_token_ids` are for greedy decoding of action tokens one by one; got "
+                f"`do_sample={do_sample}`, `attention_mode={config.attention_mode!r}`, "
+                f"`head_type={config.head_type!r}`."
+            )
+        _check_shape("draft_token_ids", draft, (len(input_ids), num_tokens))
+        return draft.to(input_ids.device, torch.long).clamp(config.action_token_begin, config.action_token_end - 1)
 
     def _decode_fast_ids(self, token_ids: torch.Tensor, action_dim: int) -> np.ndarray:
         """Normalised actions (B, K * D) of FAST tokens (B, S)."""

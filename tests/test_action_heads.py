@@ -46,9 +46,13 @@ def make_config(**overrides):
     return repository_class("OpenVLAConfig")(
         llm_backbone_id=None,
         vision_backbone_id=None,
-        text_config=TEXT | {"model_type": "llama"},
         tower_configs=[TOWER | {"output_block": 0}, TOWER],
-        **{"norm_stats": statistics(), **{name: settings[name] for name in names}, **overrides},
+        **{
+            "text_config": TEXT | {"model_type": "llama"},
+            "norm_stats": statistics(),
+            **{name: settings[name] for name in names},
+            **overrides,
+        },
     )
 
 

@@ -1,0 +1,158 @@
+"""
+Whether every way of decoding gives the tokens of the plain loop, in float32 to the token.
+
+    OMP_WAIT_POLICY=passive python benchmarks/decoding_equality.py --output benchmarks/results/decoding_equality.json
+
+The plain loop is that of `plain_decoding.py`: `generate` over a growing cache, all logits, the picture processed once
+for each tower. Beside it: `predict_action` one by one, as it is (a single row is verified from a guess), with the
+previous action as a draft, with a draft that is right, and with one that is random; and the model's own `generate`,
+with a growing and with a static cache. All see 1,000 random observations, and 200 consecutive frames of the tabletop
+in which the small policy acts, in batches of 1 and of 8.
+
+The random ones are for the tiny golden configuration and for the small policy. Where tokens differ, the result lists
+the logits of both: a difference that is no tie is an error, and in float32 there should be none. In bfloat16 the
+plain loop and ours round differently where the shapes of products do, so tokens may differ there where two logits are
+within two steps of bfloat16 of each other; these are listed, too.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import sys
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from plain_decoding import (
+    SMALL,
+    Inputs,
+    Observation,
+    PlainPolicy,
+    as_inputs,
+    left_padded,
+    make_policy,
+    random_observations,
+    tabletop_observations,
+)
+from preprocessing import machine
+from torch import nn
+
+
+BATCH_SIZES = (1, 8)
+# A bfloat16 number has 8 significant bits: two of its steps, relative to the number.
+TIE = {torch.float32: 0.0, torch.bfloat16: 2 * 2**-7}
+
+Ways = dict[str, Callable[[], torch.Tensor]]
+
+
+def ways(model: nn.Module, inputs: Inputs, previous: torch.Tensor, right: torch.Tensor, seed: int) -> Ways:
+    """Token ids (B, N) of each way but the plain one."""
+    config, num_tokens = model.config, right.shape[1]
+    begin, end = config.action_token_begin, config.action_token_end
+    noise = torch.randint(begin, end, right.shape, generator=torch.Generator().manual_seed(seed))
+
+    def predict(draft: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor:
+        return model.predict_action(**inputs, draft_token_ids=draft, return_dict=True, **kwargs).token_ids
+
+    def generate(implementation: str | None) -> torch.Tensor:
+        settings = {"max_new_tokens": num_tokens, "min_new_tokens": num_tokens, "do_sample": False}
+        ids = model.generate(**inputs, **settings, cache_implementation=implementation)
+        return ids[:, -num_tokens:]
+
+    return {
+        "predict_action": predict,
+        "one by one": lambda: predict(do_sample=True, top_k=1),
+        "previous draft": lambda: predict(previous),
+        "right draft": lambda: predict(right),
+        "random draft": lambda: predict(noise),
+        "generate": lambda: generate(None),
+        "generate, static cache": lambda: generate("static"),
+    }
+
+
+def compare(name: str, observations: list[Observation], batch_size: int, dtype: torch.dtype, slow_every: int) -> dict:
+    """Observations, and those in which each way differs from the plain loop."""
+    model, processor = make_policy(name, dtype=dtype)
+    plain = PlainPolicy(model, processor)
+    previous = torch.full((batch_size, plain.num_tokens), -1)
+    counts: dict[str, int] = {}
+    differences: list[dict[str, Any]] = []
+    for number, start in enumerate(range(0, len(observations), batch_size)):
+        rows = observations[start : start + batch_size]
+        inputs = {key: _cast(value, dtype) for key, value in plain.preprocess(rows).items()}
+        expected = plain.decode(*plain.embed(left_padded(inputs)))
+        inputs = {key: _cast(value, dtype) for key, value in as_inputs(processor, rows).items()}
+        for way, decode in ways(model, inputs, previous[: len(rows)], expected, number).items():
+            if way.startswith("generate") and number % slow_every:
+                continue
+            tokens = decode()
+            counts[way] = counts.get(way, 0) + len(rows)
+            for row in (tokens != expected).any(dim=1).nonzero().flatten().tolist():
+                where = {"way": way, "observation": start + row}
+                differences.append(where | explain(model, inputs, row, tokens[row], expected[row]))
+        previous = expected
+    return {"observations": counts, "differences": differences}
+
+
+def _cast(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return value.to(dtype) if value.is_floating_point() else value
+
+
+@torch.no_grad()
+def explain(model: nn.Module, inputs: Inputs, row: int, actual: torch.Tensor, expected: torch.Tensor) -> dict:
+    """The first token that differs, and whether its logits tie, by one pass over the prompt and what both agree on."""
+    at = int((actual != expected).nonzero()[0])
+    mask = inputs["attention_mask"][row].bool()
+    ids = torch.cat([inputs["input_ids"][row][mask], expected[:at]])[None]
+    observation = {key: inputs[key][row : row + 1] for key in ("pixel_values", "proprio") if key in inputs}
+    logits = model(input_ids=ids, **observation, logits_to_keep=1).logits[0, -1].float()
+    ours, plain = logits[actual[at]].item(), logits[expected[at]].item()
+    is_tie = abs(ours - plain) <= TIE[model.dtype] * max(abs(ours), abs(plain))
+    return {"token": at, "ours": [int(actual[at]), ours], "plain": [int(expected[at]), plain], "is_tie": is_tie}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--random", type=int, default=1000, help="random observations")
+    parser.add_argument("--frames", type=int, default=200, help="consecutive frames of the tabletop")
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
+    parser.add_argument("--generate_every", type=int, default=10, help="batches, of which one goes through `generate`")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    model, processor = make_policy(SMALL)
+    frames = list(islice(tabletop_observations(model, processor), arguments.frames))
+    cells = [(SMALL, "tabletop", frames)]
+    for name, has_state in ((SMALL, True), ("tiny golden", False)):
+        cells.append((name, "random", list(islice(random_observations(0, has_state), arguments.random))))
+    result = {
+        "command": shlex.join(["python", "benchmarks/decoding_equality.py", *sys.argv[1:]]),
+        "machine": {**machine(), "transformers": transformers.__version__, "load_average": os.getloadavg()[0]},
+        "cells": [],
+    }
+    for name, kind, observations in cells:
+        for batch_size in BATCH_SIZES:
+            for dtype in arguments.dtypes:
+                compared = compare(name, observations, batch_size, getattr(torch, dtype), arguments.generate_every)
+                cell = {"policy": name, "observations": kind, "batch_size": batch_size, "dtype": dtype, **compared}
+                result["cells"].append(cell)
+                ties = sum(each["is_tie"] for each in compared["differences"])
+                print(
+                    f"{name:14} {kind:10} batch {batch_size} {dtype:9} {compared['observations']['predict_action']:5} "
+                    f"observations, {len(compared['differences'])} differences, {ties} of them ties",
+                    flush=True,
+                )
+                if arguments.output:
+                    arguments.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    wrong = [each for cell in result["cells"] for each in cell["differences"] if not each["is_tie"]]
+    if wrong:
+        raise SystemExit(f"{len(wrong)} differences are no ties, such as {wrong[0]}.")
+
+
+if __name__ == "__main__":
+    main()

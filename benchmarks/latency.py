@@ -1,0 +1,353 @@
+"""
+Time from a camera's picture to a robot's action, beside a plain implementation of the published decoding.
+
+    OMP_WAIT_POLICY=passive python benchmarks/latency.py --threads 2
+
+Both ways have the same weights and see the same observations, in turns in one process; a ratio is that of two
+neighbouring actions, and the median and quartiles of all pairs are reported, by the clock and, where other programs
+run too, by the processor time that the actions took. The plain way is described in `plain_decoding.py`. Ours is
+`processor(...)` and `predict_action`, in three cases: as it is, with the previous action as a draft, and with a draft
+that is right. All must give the same tokens, or there is no result.
+
+The small policy looks at consecutive frames of the tabletop in which it acts, the others, whose weights are random, at
+noise: they never draft well, and what is measured of them is arithmetic and overhead.
+
+`floor` is what the arithmetic takes at the speed that this machine reaches in one large product, measured in the
+same run: the used blocks of the towers, the projector, the language model over the prompt, its last layer where
+needed; and, token by token, for each token but the first a stream of the language model's weights through the
+processor, as fast as products with one vector are here. A draft that is right needs no such stream.
+
+`--reference DIR --reference_python PYTHON` measures the published implementation, too: a checkout of it and the
+interpreter of its old environment, in which `reference_latency.py` predicts in turns with this process. Nobody has run
+that yet. `--output FILE` stores the result.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from plain_decoding import (
+    CONFIGURATIONS,
+    SMALL,
+    Observation,
+    PlainPolicy,
+    as_inputs,
+    make_policy,
+    random_observations,
+    tabletop_observations,
+)
+from preprocessing import machine, summarise
+from torch import nn
+
+
+MIN_ROUNDS, STAGE_ROUNDS = 4, 8
+WAYS = ("plain", "ours", "previous draft", "right draft")
+
+Result = dict[str, Any]
+
+
+def observe(name: str, model: nn.Module, processor: Any, batch_size: int, count: int) -> list[list[Observation]]:
+    """Batches of observations that follow each other, of as many episodes as there are rows."""
+    if name == SMALL:
+        rows = [tabletop_observations(model, processor, 600_000 + 1000 * row) for row in range(batch_size)]
+    else:
+        rows = [random_observations(row, processor.use_proprio) for row in range(batch_size)]
+    return [[next(row) for row in rows] for _ in range(count)]
+
+
+class OurPolicy:
+    """From pictures to actions with this repository."""
+
+    def __init__(self, model: nn.Module, processor: Any):
+        self.model, self.processor = model, processor
+
+    def predict(self, observations: list[Observation], draft: torch.Tensor | None = None) -> Any:
+        """The output of `predict_action`."""
+        inputs = as_inputs(self.processor, observations)
+        inputs = {name: value.to(self.model.device) for name, value in inputs.items()}
+        return self.model.predict_action(**inputs, draft_token_ids=draft, return_dict=True)
+
+
+def timed(function: Callable[[], Any]) -> tuple[float, float, Any]:
+    """Milliseconds by the clock and of the processor, and what the function returned."""
+    processor_start, start = time.process_time(), time.perf_counter()
+    result = function()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return (time.perf_counter() - start) * 1e3, (time.process_time() - processor_start) * 1e3, result
+
+
+def measure(name: str, batch_size: int, seconds: float, reference: "Reference | None" = None) -> Result:
+    """All figures of a configuration at one batch size."""
+    model, processor = make_policy(name)
+    plain, ours = PlainPolicy(model, processor), OurPolicy(model, processor)
+    batches = observe(name, model, processor, batch_size, 24 if name == SMALL else 3)
+    clock: dict[str, list[float]] = {way: [] for way in WAYS}
+    processor_time: dict[str, list[float]] = {way: [] for way in WAYS}
+    accepted, previous = [], ours.predict(batches[0]).token_ids
+    plain.predict(batches[0])  # untimed, as the one above
+    began, rounds = time.perf_counter(), 0
+    while rounds < MIN_ROUNDS or time.perf_counter() - began < seconds:
+        observations = batches[(rounds + 1) % len(batches)]
+        right = ours.predict(observations).token_ids
+        functions = {
+            "plain": lambda observations=observations: plain.predict(observations)[1],
+            "ours": lambda observations=observations: ours.predict(observations).token_ids,
+            "previous draft": lambda observations=observations, draft=previous: ours.predict(observations, draft),
+            "right draft": lambda observations=observations, draft=right: ours.predict(observations, draft).token_ids,
+        }
+        for way in sorted(WAYS, reverse=rounds % 2 == 0):
+            elapsed, processed, result = timed(functions[way])
+            clock[way].append(elapsed)
+            processor_time[way].append(processed)
+            if way == "previous draft":
+                accepted += result.accepted_tokens.tolist()
+                result = result.token_ids
+            check_same_tokens(way, result, right)
+        if reference is not None:
+            clock.setdefault("reference", []).append(reference.predict())
+        previous, rounds = right, rounds + 1
+    peak = machine_speed(model)
+    return {
+        "rounds": rounds,
+        "milliseconds": {way: summarise(values) for way, values in clock.items()},
+        "processor_milliseconds": {way: summarise(values) for way, values in processor_time.items()},
+        "speedup": ratios(clock),
+        "processor_speedup": ratios(processor_time),
+        "accepted_of_previous_draft": statistics.mean(accepted),
+        "stages": {"plain": plain_stages(plain, batches), "ours": our_stages(ours, batches)},
+        "machine_speed": peak,
+        "floor_milliseconds": floor(model, batch_size, as_inputs(processor, batches[0])["input_ids"].shape[1], peak),
+    }
+
+
+def check_same_tokens(way: str, actual: torch.Tensor, expected: torch.Tensor) -> None:
+    """
+    Raises:
+        ValueError: If a way decodes other tokens than ours does.
+    """
+    if not torch.equal(actual.cpu(), expected.cpu()):
+        raise ValueError(f"{way} decodes {actual.tolist()}, ours {expected.tolist()}.")
+
+
+def ratios(times: dict[str, list[float]]) -> Result:
+    """How many times as fast as the plain way the others are."""
+    pairs = {way: zip(times["plain"], values, strict=True) for way, values in times.items() if way != "plain"}
+    return {way: summarise([plain / other for plain, other in each]) for way, each in pairs.items()}
+
+
+# Stages
+
+
+def plain_stages(policy: PlainPolicy, batches: list[list[Observation]]) -> dict[str, float]:
+    """Median milliseconds of each stage."""
+    times: dict[str, list[float]] = {}
+    for observations in batches[:STAGE_ROUNDS]:
+        *_, inputs = record(times, "preprocessing", lambda o=observations: policy.preprocess(o))
+        *_, prompt = record(times, "towers", lambda i=inputs: policy.embed(i))
+        record(times, "prefill", lambda p=prompt: policy.decode(*p, num_tokens=1))
+        *_, token_ids = record(times, "all tokens", lambda p=prompt: policy.decode(*p))
+        record(times, "detokenise", lambda t=token_ids: policy.detokenise(t))
+    medians = {stage: statistics.median(values) for stage, values in times.items()}
+    everything = medians.pop("all tokens")
+    return {**medians, "decode": everything - medians["prefill"]}
+
+
+def our_stages(policy: OurPolicy, batches: list[list[Observation]]) -> dict[str, float]:
+    """Median milliseconds of each stage. Those inside of `predict_action` follow from its time with a right draft."""
+    times: dict[str, list[float]] = {}
+    model = policy.model
+    for observations in batches[:STAGE_ROUNDS]:
+        *_, inputs = record(times, "preprocessing", lambda o=observations: as_inputs(policy.processor, o))
+        with torch.no_grad():
+            record(times, "towers", lambda i=inputs: model.get_image_features(i["pixel_values"]))
+        *_, output = record(times, "all", lambda i=inputs: model.predict_action(**i, return_dict=True))
+        ids = output.token_ids
+        record(times, "one pass", lambda i=inputs, d=ids: model.predict_action(**i, draft_token_ids=d))
+        record(times, "detokenise", lambda t=ids: policy.processor.decode_actions(t.numpy()))
+    medians = {stage: statistics.median(values) for stage, values in times.items()}
+    everything, one_pass = medians.pop("all"), medians.pop("one pass")
+    prefill = one_pass - medians["towers"] - medians["detokenise"]
+    return {**medians, "prefill": prefill, "decode": everything - one_pass}
+
+
+def record(times: dict[str, list[float]], stage: str, function: Callable[[], Any]) -> tuple[float, float, Any]:
+    result = timed(function)
+    times.setdefault(stage, []).append(result[0])
+    return result
+
+
+# What the arithmetic takes
+
+
+def machine_speed(model: nn.Module) -> dict[str, float]:
+    """GFLOP/s of a large product in float32, and milliseconds of all products of the language model with a vector."""
+    square = torch.randn(1024, 1024)
+    product = statistics.median(timed(lambda: square @ square)[0] for _ in range(20))
+    linears = [part.weight for part in model.get_decoder().modules() if isinstance(part, nn.Linear)]
+    vectors = {weight: torch.randn(1, weight.shape[1]) for weight in linears}
+
+    @torch.inference_mode()
+    def stream() -> None:
+        for weight in linears:
+            nn.functional.linear(vectors[weight], weight)
+
+    return {
+        "gflops": 2 * 1024**3 / product / 1e6,
+        "stream_milliseconds": statistics.median(timed(stream)[0] for _ in range(20)),
+    }
+
+
+def floor(model: nn.Module, batch_size: int, text_length: int, speed: dict[str, float]) -> dict[str, float]:
+    """Milliseconds of an action whose draft is right, and of one that is decoded token by token."""
+    num_tokens = model.get_action_dim()
+    gflops = batch_size * action_flops(model, text_length, num_tokens) / 1e9
+    one_pass = gflops / speed["gflops"] * 1e3
+    return {
+        "gflops": gflops,
+        "right draft": one_pass,
+        "token by token": one_pass + (num_tokens - 1) * speed["stream_milliseconds"],
+    }
+
+
+def action_flops(model: nn.Module, text_length: int, num_tokens: int) -> int:
+    """
+    Floating-point operations of the matrix products of one observation, with a draft that is right.
+
+    A product of (m, k) by (k, n) takes 2 m k n of them, attention of S queries to T keys 4 S T D, half of it where it
+    is causal.
+    """
+    patches, config = model.config.num_image_tokens, model.config.text_config
+    flops = patches * _flops_per_token(model.projector)
+    for tower in model.vision_backbone.towers:
+        length, blocks = patches + tower.config.num_prefix_tokens, tower.blocks[: tower.config.num_used_blocks]
+        flops += patches * 2 * tower.patch_embed.proj.weight.numel()
+        flops += length * _flops_per_token(blocks) + len(blocks) * 4 * length**2 * tower.config.embed_dim
+    tokens = patches + text_length + num_tokens - 1
+    *layers, last = model.get_decoder().layers
+    width = config.num_attention_heads * config.head_dim
+    flops += sum(tokens * _flops_per_token(layer) + 2 * tokens**2 * width for layer in layers)
+    keys = _flops_per_token(last.self_attn.k_proj) + _flops_per_token(last.self_attn.v_proj)
+    flops += tokens * keys + num_tokens * (_flops_per_token(last) - keys + 4 * tokens * width)
+    return flops + num_tokens * 2 * config.hidden_size * model.config.n_action_bins
+
+
+def _flops_per_token(module: nn.Module) -> int:
+    return sum(2 * part.weight.numel() for part in module.modules() if isinstance(part, nn.Linear))
+
+
+# The published implementation
+
+
+class Reference:
+    """
+    The published implementation in a process of its own, with the weights of a configuration.
+
+    Args:
+        checkout (`Path`): Its repository.
+        python (`str`): An interpreter with its old environment.
+        name (`str`): Of `CONFIGURATIONS`; one without a robot's state.
+    """
+
+    def __init__(self, checkout: Path, python: str, name: str):
+        self._folder = tempfile.TemporaryDirectory()
+        model, processor = make_policy(name)
+        for part in (model, processor):
+            part.save_pretrained(self._folder.name)
+        script = Path(__file__).resolve().parent / "reference_latency.py"
+        command = [python, str(script), str(checkout), self._folder.name, str(torch.get_num_threads())]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def predict(self) -> float:
+        """
+        Milliseconds of one action.
+
+        Raises:
+            RuntimeError: If the reference has stopped.
+        """
+        self._process.stdin.write("predict\n")
+        self._process.stdin.flush()
+        answer = self._process.stdout.readline()
+        if not answer:
+            raise RuntimeError(f"The reference stopped with exit code {self._process.wait()}; see above why.")
+        return float(answer)
+
+    def close(self) -> None:
+        self._process.stdin.close()
+        self._process.wait()
+        self._folder.cleanup()
+
+
+# The table
+
+
+HEADER = (
+    f"{'':20} {'batch':>5} {'way':16} {'ms':>9} {'quartiles':>19} {'speedup':>8} {'quartiles':>14} {'processor':>9}"
+)
+
+
+def rows(name: str, batch_size: int, result: Result) -> list[str]:
+    lines = []
+    for way, times in result["milliseconds"].items():
+        quartiles = f"{times['lower_quartile']:.2f}..{times['upper_quartile']:.2f}"
+        line = f"{name:20} {batch_size:5} {way:16} {times['median']:9.2f} {quartiles:>19}"
+        if way in result["speedup"]:
+            ratio, processed = result["speedup"][way], result["processor_speedup"].get(way, {"median": float("nan")})
+            quartiles = f"{ratio['lower_quartile']:.2f}..{ratio['upper_quartile']:.2f}"
+            line += f" {ratio['median']:8.2f} {quartiles:>14} {processed['median']:9.2f}"
+        lines.append(line)
+    bounds = result["floor_milliseconds"]
+    lines.append(
+        f"{'':26} floor: {bounds['right draft']:.2f} with a right draft, {bounds['token by token']:.2f} token by "
+        f"token; {result['accepted_of_previous_draft']:.2f} tokens of the previous draft were right"
+    )
+    for way, stages in result["stages"].items():
+        lines.append(f"{'':26} {way}: " + ", ".join(f"{stage} {value:.2f}" for stage, value in stages.items()))
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    default = [SMALL, "tiny golden", "full-size towers"]
+    parser.add_argument("--configurations", nargs="+", choices=CONFIGURATIONS, default=default)
+    parser.add_argument("--batch_sizes", nargs="+", type=int, default=[1, 4, 16])
+    parser.add_argument("--seconds", type=float, default=20.0, help="for each configuration and batch size")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--reference", type=Path, metavar="DIR", help="checkout of the published implementation")
+    parser.add_argument("--reference_python", default="python", help="interpreter of its environment")
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    result: Result = {
+        "command": shlex.join(["python", "benchmarks/latency.py", *sys.argv[1:]]),
+        "machine": {**machine(), "transformers": transformers.__version__, "load_average": os.getloadavg()[0]},
+        "configurations": {},
+    }
+    print(HEADER, flush=True)
+    for name in arguments.configurations:
+        reference = None
+        if arguments.reference and name != SMALL:
+            reference = Reference(arguments.reference, arguments.reference_python, name)
+        cells = result["configurations"].setdefault(name, {})
+        for batch_size in arguments.batch_sizes:
+            cells[batch_size] = measure(name, batch_size, arguments.seconds, reference if batch_size == 1 else None)
+            print("\n".join(rows(name, batch_size, cells[batch_size])), flush=True)
+        if reference is not None:
+            reference.close()
+        if arguments.output:
+            arguments.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

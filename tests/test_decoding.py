@@ -1,0 +1,396 @@
+# Copyright 2026 The OpenVLA repository authors. Licensed under the Apache License, Version 2.0.
+"""How action tokens are decoded: every way gives the tokens of the plain loop, and says what it accepted."""
+
+import logging
+import sys
+from contextlib import contextmanager
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from test_action_heads import CAUSAL, KINDS, TEXT, make_policy, noise_image
+from torch import nn
+from transformers import StaticCache
+
+
+INSTRUCTIONS = ["pick up the cube", "put the blue cylinder into the bowl on the left", "push it"]
+ONE_IMAGE = {"num_images": 1, "use_proprio": False, "proprio_dim": None}
+GROUPED = {"text_config": TEXT | {"model_type": "llama", "num_key_value_heads": 1, "attention_bias": True}}
+SCALED = {"text_config": TEXT | {"model_type": "llama", "rope_scaling": {"rope_type": "linear", "factor": 2.0}}}
+CHUNKS = {"chunk_size": 2}
+
+
+def decoding_of(model):
+    """The module that decodes for `model`: the remote code may be loaded more than once."""
+    return sys.modules[type(model).__module__.replace("modeling", "decoding")]
+
+
+def make(**overrides):
+    """A policy whose tokens depend on the picture, the text, and those before them; and its processor."""
+    model, processor = make_policy(**{**CAUSAL, **ONE_IMAGE, "chunk_size": 1, **overrides})
+    with torch.no_grad():
+        model.get_input_embeddings().weight *= 0.2
+    return model, processor
+
+
+def make_batch(processor, size: int = 3, seed: int = 0):
+    rows = [(seed + row) % len(INSTRUCTIONS) for row in range(size)]
+    images = [noise_image(1000 * seed + row) for row in range(size)]
+    return processor(instruction=[INSTRUCTIONS[row] for row in rows], images=images)
+
+
+def plain_tokens(model, inputs, num_tokens: int = 7) -> torch.Tensor:
+    """Each row alone, one forward pass over everything for each token, without a cache, (B, num_tokens)."""
+    config, rows = model.config, []
+    for row, mask in enumerate(inputs["attention_mask"].bool()):
+        ids, pixels = inputs["input_ids"][row][mask][None], inputs["pixel_values"][row : row + 1]
+        for _ in range(num_tokens):
+            with torch.no_grad():
+                logits = model(input_ids=ids, pixel_values=pixels, use_cache=False).logits[0, -1]
+            chosen = logits[config.action_token_begin : config.action_token_end].argmax() + config.action_token_begin
+            ids = torch.cat([ids, chosen.view(1, 1)], dim=1)
+        rows.append(ids[0, -num_tokens:])
+    return torch.stack(rows)
+
+
+@contextmanager
+def counted_passes(model):
+    """A list that grows by the positions that each pass over the language model reads."""
+    decoder, read = decoding_of(model).TokenDecoder, decoding_of(model).TokenDecoder.read
+    passes: list[int] = []
+
+    def counting(self, token_ids, num_outputs=1):
+        passes.append(token_ids.shape[1])
+        return read(self, token_ids, num_outputs)
+
+    decoder.read = counting
+    try:
+        yield passes
+    finally:
+        decoder.read = read
+
+
+@pytest.mark.parametrize("overrides", [{}, GROUPED, SCALED, CHUNKS], ids=["plain", "grouped", "scaled", "chunks"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_batches_and_single_rows_are_as_the_plain_loop(overrides, side):
+    model, processor = make(**overrides)
+    assert decoding_of(model).why_not_static(model.get_decoder(), torch.device("cpu")) is None
+    processor.tokenizer.padding_side = side
+    inputs = make_batch(processor)
+    num_tokens = 7 * model.config.chunk_size
+    expected = plain_tokens(model, inputs, num_tokens)
+    assert torch.equal(model.predict_action(**inputs, return_dict=True).token_ids, expected)
+    for row, instruction in enumerate(INSTRUCTIONS):
+        single = processor(instruction=instruction, images=noise_image(row))
+        output = model.predict_action(**single, return_dict=True)
+        assert torch.equal(output.token_ids[0], expected[row])
+
+
+@pytest.fixture(scope="module")
+def policy_and_batch():
+    """A policy, a batch of three and its tokens. Do not change them."""
+    model, processor = make()
+    inputs = make_batch(processor)
+    return model, inputs, plain_tokens(model, inputs)
+
+
+class TestDraft:
+    def test_right_draft_takes_one_pass(self, policy_and_batch):
+        model, inputs, expected = policy_and_batch
+        with counted_passes(model) as passes:
+            output = model.predict_action(**inputs, draft_token_ids=expected, return_dict=True)
+        assert passes == [6]
+        assert torch.equal(output.token_ids, expected)
+        assert output.accepted_tokens.tolist() == [7, 7, 7]
+
+    @pytest.mark.parametrize("wrong", range(7))
+    def test_wrong_from_some_token_on(self, policy_and_batch, wrong):
+        model, inputs, expected = policy_and_batch
+        begin = model.config.action_token_begin
+        draft = expected.clone()
+        draft[1, wrong:] = (expected[1, wrong:] - begin + 7) % 256 + begin
+        with counted_passes(model) as passes:
+            output = model.predict_action(**inputs, draft_token_ids=draft, return_dict=True)
+        assert torch.equal(output.token_ids, expected)
+        assert output.accepted_tokens.tolist() == [7, wrong, 7]
+        assert passes[0] == 6
+        assert all(later < earlier for earlier, later in pairwise(passes[1:]))
+        assert len(passes) <= 7 - wrong
+
+    def test_probabilities_are_those_without_a_draft(self, policy_and_batch):
+        model, inputs, expected = policy_and_batch
+        without = model.predict_action(**inputs, return_dict=True)
+        draft = torch.randint(768, 1024, (3, 7), generator=torch.Generator().manual_seed(0))
+        for tokens in (expected, draft):
+            output = model.predict_action(**inputs, draft_token_ids=tokens, return_dict=True)
+            torch.testing.assert_close(output.probabilities, without.probabilities, atol=1e-6, rtol=1e-4)
+            np.testing.assert_array_equal(output.actions, without.actions)
+        assert without.accepted_tokens is None
+
+    def test_rows_without_a_draft(self, policy_and_batch):
+        model, inputs, expected = policy_and_batch
+        draft = expected.clone()
+        draft[0] = -1
+        output = model.predict_action(**inputs, draft_token_ids=draft, return_dict=True)
+        assert torch.equal(output.token_ids, expected)
+        assert output.accepted_tokens.tolist() == [0, 7, 7]
+
+    def test_is_refused_where_it_means_nothing(self, policy_and_batch):
+        model, inputs, expected = policy_and_batch
+        with pytest.raises(ValueError, match="greedy decoding of action tokens one by one; got `do_sample=True`"):
+            model.predict_action(**inputs, draft_token_ids=expected, do_sample=True)
+        with pytest.raises(ValueError, match=r"`draft_token_ids` must be of shape \(3, 7\), got \(3, 6\)"):
+            model.predict_action(**inputs, draft_token_ids=expected[:, :6])
+        parallel, processor = make_policy(**KINDS["tokens"] | ONE_IMAGE)
+        with pytest.raises(ValueError, match="`attention_mode='bidirectional'`"):
+            parallel.predict_action(**make_batch(processor, 1), draft_token_ids=torch.zeros(1, 21).long())
+
+    def test_single_row_is_verified_from_a_guess(self, policy_and_batch):
+        model, inputs, expected = policy_and_batch
+        single = {name: value[1:2] for name, value in inputs.items()}  # the longest text, which is not padded
+        with counted_passes(model) as passes:
+            output = model.predict_action(**single, return_dict=True)
+        assert passes[0] == 6
+        assert torch.equal(output.token_ids, expected[1:2])
+        with counted_passes(model) as passes:
+            model.predict_action(**single, do_sample=True, top_k=1)
+        assert passes == [0] + [1] * 6
+
+
+class TestOtherLanguageModels:
+    """What [`StaticReader`] does not know is read by the library's own code, to the same tokens."""
+
+    def check(self, model, inputs, expected, reason):
+        decoding = decoding_of(model)
+        assert reason in decoding.why_not_static(model.get_decoder(), torch.device("cpu"))
+        for draft in (None, expected):
+            output = model.predict_action(**inputs, draft_token_ids=draft, return_dict=True)
+            assert torch.equal(output.token_ids, expected)
+        assert output.accepted_tokens.tolist() == [7] * len(expected)
+
+    def test_eager_attention(self, policy_and_batch):
+        _, inputs, expected = policy_and_batch
+        model, _ = make()
+        model.set_attn_implementation("eager")
+        self.check(model, inputs, expected, "'eager' and not 'sdpa'")
+
+    def test_hooks_are_called(self, policy_and_batch):
+        _, inputs, expected = policy_and_batch
+        model, _ = make()
+        calls = []
+        model.get_decoder().layers[1].mlp.up_proj.register_forward_hook(lambda *_: calls.append(1))
+        self.check(model, inputs, expected, "hooks")
+        assert len(calls) == 14
+
+    def test_rotary_embedding_that_changes(self):
+        rope = {"rope_type": "dynamic", "factor": 2.0}
+        model, processor = make(text_config=TEXT | {"model_type": "llama", "rope_scaling": rope})
+        inputs = make_batch(processor)
+        self.check(model, inputs, plain_tokens(model, inputs), "of type 'dynamic'")
+
+    def test_another_architecture(self):
+        model, processor = make(text_config=TEXT | {"model_type": "qwen3"})
+        inputs = make_batch(processor)
+        self.check(model, inputs, plain_tokens(model, inputs), "Qwen3Model")
+
+    def test_the_log_says_why(self, caplog):
+        model, processor = make(text_config=TEXT | {"model_type": "qwen3"})
+        logger = logging.getLogger(decoding_of(model).__name__)
+        with caplog.at_level(logging.INFO, logger=logger.name):
+            logger.addHandler(caplog.handler)
+            model.predict_action(**make_batch(processor, 1), draft_token_ids=torch.zeros(1, 7).long())
+            logger.removeHandler(caplog.handler)
+        assert "Qwen3Model and not a LlamaModel" in caplog.text
+
+
+def test_bfloat16_follows_the_library(policy_and_batch):
+    """It rounds where the library rounds: the hidden states of both readers are the same."""
+    model, _ = make()
+    model.to(torch.bfloat16)
+    decoding = decoding_of(model)
+    embeddings = torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(0), dtype=torch.bfloat16)
+    mask = torch.ones(2, 9, dtype=torch.long)
+    static = decoding.StaticReader(model.get_decoder(), mask, False, 10, torch.bfloat16)
+    library = decoding.LibraryReader(model.get_decoder(), mask)
+    with torch.no_grad():
+        for length in (9, 1):
+            torch.testing.assert_close(
+                static.read(embeddings[:, :length]), library.read(embeddings[:, :length]), atol=2e-2, rtol=2e-2
+            )
+
+
+def test_adapters_are_called():
+    model, processor = make()
+    inputs = make_batch(processor)
+    before = model.predict_action(**inputs, return_dict=True).token_ids
+    lora = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    adapted = get_peft_model(model, lora).base_model.model
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.5)
+    assert decoding_of(adapted).why_not_static(adapted.get_decoder(), torch.device("cpu")) is None
+    expected = plain_tokens(adapted, inputs)
+    assert not torch.equal(expected, before)
+    assert torch.equal(adapted.predict_action(**inputs, return_dict=True).token_ids, expected)
+
+
+class TestActionGraph:
+    """What CUDA graphs would record, run as it is: nothing here has a GPU."""
+
+    @pytest.fixture(params=[{}, {"use_proprio": True, "proprio_dim": 5}])
+    def prepared(self, request):
+        """A policy with an action of fixed shapes for three rows and one for a single row, and a batch."""
+        model, processor = make(**request.param)
+        inputs = make_batch(processor) if not model.config.use_proprio else None
+        if inputs is None:
+            states = np.random.default_rng(0).uniform(-1, 1, (3, 5))
+            images = [noise_image(row) for row in range(3)]
+            inputs = processor(instruction=INSTRUCTIONS, images=images, state=states)
+        expected = model.predict_action(**inputs, return_dict=True)
+        length = inputs["input_ids"].shape[1] + model.num_image_tokens
+        with torch.no_grad():
+            graphs = [model._make_graph(*shape) for shape in ((3, length + 5), (3, length), (1, length + 5))]
+        model._action_graphs = {tuple(graph.inputs["input_ids"].shape): graph for graph in graphs}
+        model._recorded_weights = model._weight_addresses()
+        return model, inputs, expected
+
+    def test_gives_the_same_actions(self, prepared):
+        model, inputs, expected = prepared
+        with counted_graphs(model) as replayed:
+            for draft in (None, expected.token_ids, expected.token_ids.flip(1)):
+                output = model.predict_action(**inputs, draft_token_ids=draft, return_dict=True)
+                assert torch.equal(output.token_ids, expected.token_ids)
+                torch.testing.assert_close(output.probabilities, expected.probabilities, atol=1e-5, rtol=1e-3)
+            for row in range(3):
+                single = {name: value[row : row + 1] for name, value in inputs.items()}
+                output = model.predict_action(**single, return_dict=True)
+                assert torch.equal(output.token_ids[0], expected.token_ids[row])
+        assert replayed == [3, 3, 3, 1, 1, 1]
+
+    def test_is_left_alone_where_it_does_not_fit(self, prepared):
+        model, inputs, expected = prepared
+        with counted_graphs(model) as replayed:
+            for _ in range(2):
+                two = {name: value[:2] for name, value in inputs.items()}
+                assert torch.equal(model.predict_action(**two, return_dict=True).token_ids, expected.token_ids[:2])
+            model.predict_action(**inputs, do_sample=True)
+            if model.config.use_proprio:
+                with pytest.raises(ValueError, match="The policy needs `proprio`"):
+                    model.predict_action(**{**inputs, "proprio": None})
+            head = model.get_output_embeddings()
+            head.weight = nn.Parameter(head.weight.flip(0))
+            changed = model.predict_action(**inputs, return_dict=True)
+            assert not torch.equal(changed.token_ids, expected.token_ids)
+        assert replayed == []
+        assert model._action_graphs == {}
+
+    def test_warm_up_says_why_not(self, policy_and_batch, caplog):
+        model, inputs, expected = policy_and_batch
+        logger = logging.getLogger(type(model).__module__)
+        logger.addHandler(caplog.handler)
+        assert model.warm_up() == 0
+        logger.removeHandler(caplog.handler)
+        assert "the model is on 'cpu' and not on 'cuda'" in caplog.text
+        assert torch.equal(model.predict_action(**inputs, return_dict=True).token_ids, expected)
+
+
+@contextmanager
+def counted_graphs(model):
+    """A list that grows by the rows of each action that is decoded with fixed shapes."""
+    graph_class = decoding_of(model).ActionGraph
+    call = graph_class.__call__
+    rows: list[int] = []
+
+    def counting(self, inputs, draft):
+        rows.append(len(draft))
+        return call(self, inputs, draft)
+
+    graph_class.__call__ = counting
+    try:
+        yield rows
+    finally:
+        graph_class.__call__ = call
+
+
+class TestCompiledAndExported:
+    """Without graph breaks, and with the same numbers."""
+
+    @pytest.fixture
+    def compiled(self):
+        torch.compiler.reset()
+        yield lambda function: torch.compile(function, fullgraph=True, backend="eager")
+        torch.compiler.reset()
+
+    @torch.no_grad()
+    def test_towers(self, policy_and_batch, compiled):
+        model, inputs, _ = policy_and_batch
+        pixels = inputs["pixel_values"]
+        assert torch.equal(compiled(model.get_image_features)(pixels), model.get_image_features(pixels))
+        exported = torch.export.export(model.vision_backbone, (pixels,)).module()
+        assert torch.equal(exported(pixels), model.vision_backbone(pixels))
+
+    @torch.no_grad()
+    def test_prompt_and_step_of_the_library(self, policy_and_batch, compiled):
+        model, _, _ = policy_and_batch
+        decoder = model.get_decoder()
+        caches = [StaticCache(config=decoder.config, max_cache_len=12) for _ in range(2)]
+        for embeddings, position in ((torch.randn(2, 9, 32), 0), (torch.randn(2, 1, 32), 9)):
+            positions = torch.arange(position, position + embeddings.shape[1])
+            inputs = {"inputs_embeds": embeddings, "position_ids": positions.expand(2, -1), "use_cache": True}
+            inputs |= {"cache_position": positions}
+            outputs = [
+                call(past_key_values=cache, **inputs).last_hidden_state
+                for call, cache in zip((decoder, compiled(decoder) if position else decoder), caches, strict=True)
+            ]
+            assert torch.equal(*outputs)
+
+    @torch.no_grad()
+    def test_static_reader(self, policy_and_batch, compiled):
+        model, _, _ = policy_and_batch
+        reader_class = decoding_of(model).StaticReader
+        arguments = (model.get_decoder(), torch.ones(2, 9, dtype=torch.long), False, 16, torch.float32)
+        readers = [reader_class(*arguments) for _ in range(2)]
+        read = compiled(readers[0].read)
+        for length in (9, 1, 1, 3):
+            embeddings = torch.randn(2, length, 32)
+            assert torch.equal(read(embeddings), readers[1].read(embeddings))
+
+    @torch.no_grad()
+    def test_exported_prompt(self, policy_and_batch):
+        model, _, _ = policy_and_batch
+        prompt = Prompt(model.get_decoder(), decoding_of(model).StaticReader)
+        mask = torch.ones(2, 9, dtype=torch.long)
+        mask[0, :3] = 0
+        inputs = (torch.randn(2, 9, 32), mask)
+        for actual, expected in zip(
+            torch.export.export(prompt, inputs).module()(*inputs), prompt(*inputs), strict=True
+        ):
+            assert torch.equal(actual, expected)
+
+
+class Prompt(nn.Module):
+    """Hidden state behind a prompt, and the keys and values of all layers, as an inference engine takes them."""
+
+    def __init__(self, decoder, reader_class):
+        super().__init__()
+        self.decoder, self.reader_class = decoder, reader_class
+
+    def forward(self, embeddings, mask):
+        reader = self.reader_class(self.decoder, mask, True, embeddings.shape[1], embeddings.dtype)
+        hidden = reader.read(embeddings)
+        return hidden, torch.stack([torch.stack([layer.keys, layer.values]) for layer in reader.layers])
+
+
+def test_training_goes_on_after_an_action(policy_and_batch):
+    """Nothing that was made without gradients is left in the model."""
+    model, processor = make()
+    inputs = make_batch(processor)
+    output = model.predict_action(**inputs, return_dict=True)
+    assert not output.token_ids.is_inference()
+    assert not output.probabilities.is_inference()
+    labels = torch.cat([torch.full_like(inputs["input_ids"], -100), output.token_ids], dim=1)
+    ids = torch.cat([inputs["input_ids"], output.token_ids], dim=1)
+    model(input_ids=ids, labels=labels, pixel_values=inputs["pixel_values"]).loss.backward()
+    assert all(p.grad is not None for p in model.language_model.parameters())
