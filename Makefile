@@ -31,6 +31,9 @@ demo: .venv-demo/installed
 	.venv-$*/bin/python -m pip install --quiet --constraint constraints-$*.txt --requirement requirements-dev.txt
 	touch $@
 
+# PyTorch's threads spin while they wait: with several processes, one for each.
+test test-all: export OMP_NUM_THREADS ?= 1
+
 test: .venv-5/installed
 	.venv-5/bin/python $(PYTEST) -m "not slow"
 
