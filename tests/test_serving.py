@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 
 import httpx
 import msgpack
@@ -27,6 +27,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
 from serving import __main__ as command
+from serving import server as serving_server
 from serving.app import Settings
 from serving.engine import Policy, Prediction
 from serving.wire import dump_json, load_json, pack, unpack
@@ -452,10 +453,10 @@ def test_killed_clients_keep_nobody_waiting(stub):
         assert stub.batches == [["go 100"], ["go 3"]]
 
 
-def test_slow_readers_are_left(stub, monkeypatch):
-    """A client that asks and never reads is left once its answers, of a megabyte each, find no room."""
-    monkeypatch.setattr(stub, "predict", lambda rows: [Prediction(np.zeros((20_000, 7))) for _ in rows])
-    with running(stub, Settings(send_timeout=0.3)) as server, closing(raw(server)) as client:
+@contextmanager
+def slow_reader(server):
+    """A client that asks for answers of a megabyte each, and never reads one."""
+    with closing(raw(server)) as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
         key = base64.b64encode(bytes(16)).decode()
         client.sendall(
@@ -466,12 +467,35 @@ def test_slow_readers_are_left(stub, monkeypatch):
         payload = pack(observation())
         frame = bytes([0x82, 0x80 | 126]) + len(payload).to_bytes(2, "big") + bytes(4) + payload  # masked with zeros
         client.settimeout(1.0)
-        with suppress(TimeoutError):  # the server stops reading, too
+        with suppress(OSError):  # the server stops reading, too, and then goes
             client.sendall(frame * 30)
         until(lambda: server.service.metrics.outcomes.get("ok", 0) > 2)
+        yield
+
+
+@pytest.fixture
+def megabytes(stub, monkeypatch):
+    monkeypatch.setattr(stub, "predict", lambda rows: [Prediction(np.zeros((20_000, 7))) for _ in rows])
+    return stub
+
+
+def test_slow_readers_are_left(megabytes, monkeypatch):
+    """Once their answers find no room, and their connections with them."""
+    monkeypatch.setattr(serving_server, "CLOSE_SECONDS", 0.2)
+    with running(megabytes, Settings(send_timeout=0.3)) as server, slow_reader(server):
         until(lambda: "openvla_websocket_connections 0.0" in httpx.get(f"{server.url}/metrics").text)
         assert server.service.num_unsent == 0
         assert post(server, observation()).status_code == 200
+        until(lambda: not any(each.transport.is_closing() for each in list(server.server.server_state.connections)))
+
+
+def test_slow_readers_do_not_delay_the_end(megabytes, monkeypatch):
+    monkeypatch.setattr(serving_server, "CLOSE_SECONDS", 0.2)
+    with ExitStack() as stack:
+        with running(megabytes, Settings(send_timeout=0.3)) as server:
+            stack.enter_context(slow_reader(server))
+            began = time.monotonic()
+        assert time.monotonic() - began < 10  # within the 31 s that uvicorn would wait
 
 
 def test_nonsense_in_place_of_http(stub):
@@ -564,6 +588,15 @@ def test_shutdown_finishes_what_runs(stub):
             with pytest.raises(ConnectionClosed):
                 each.recv(timeout=10)
             assert each.close_code == 1012
+
+
+def test_a_second_interrupt_ends_it_at_once(stub):
+    with running(stub) as server:
+        occupy(server, stub)
+        server.server.should_exit = True
+        until(lambda: server.service.is_draining)
+        server.server.force_exit = True
+        until(lambda: not server.server.servers[0].is_serving())
 
 
 @pytest.mark.slow
