@@ -669,7 +669,9 @@ def test_status(server):
     assert status["recent"][-1]["total"] >= status["recent"][-1]["inference"]
 
 
-def test_warm_up(tiny):
-    with running(tiny) as server:
+def test_warm_up_takes_its_time(tiny):
+    """The first action of a large policy may take longer than any other, and is nobody's."""
+    with running(tiny, timeout=1e-6) as server:
         asyncio.run(server.service.warm_up())
-        assert server.service.metrics.outcomes == {"ok": 1}
+        assert server.service.metrics.outcomes == {}
+        assert server.service.metrics.render().count(b"openvla_batch_size_count 1.0") == 1
