@@ -4,6 +4,7 @@ import asyncio
 import base64
 import binascii
 import hmac
+import ipaddress
 from collections.abc import Collection
 from urllib.parse import urlsplit
 
@@ -124,3 +125,11 @@ def _host_name(host: str) -> str:
 def loopback_hosts(host: str) -> list[str]:
     """Names of this machine for those who are on it, and the name that it is bound to."""
     return ["localhost", "127.0.0.1", "::1", host.lower().strip("[]")]
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches an address."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
