@@ -27,6 +27,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
 from serving import __main__ as command
+from serving import guard
 from serving import server as serving_server
 from serving.app import Settings
 from serving.engine import Policy, Prediction
@@ -336,17 +337,21 @@ def test_reset(stub):
 
 
 def test_clients_share_batches_and_get_their_own(stub):
-    stub.seconds = 0.01
-    with running(stub, max_batch_size=8) as server:
+    with running(stub, max_batch_size=8, batch_wait=0.5) as server:
 
         def ask(client: int) -> None:
-            with httpx.Client() as http:
+            with httpx.Client(timeout=60) as http:
                 for number in range(10 * client, 10 * client + 10):
                     response = http.post(f"{server.url}/act", content=dump_json(observation(number)), headers=JSON)
                     assert load_json(response.content)[0] == number
 
+        stub.gate.clear()
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
-            list(pool.map(ask, range(8)))
+            asking = [pool.submit(ask, client) for client in range(8)]
+            until(lambda: server.service.num_open == 8)
+            until(lambda: server.service.batcher.num_waiting == 7)
+            stub.gate.set()
+            [future.result() for future in asking]
         metrics = httpx.get(f"{server.url}/metrics").text
     assert sum(map(len, stub.batches)) == 80
     assert len(stub.batches) < 40
@@ -416,6 +421,39 @@ def test_large_bodies_are_not_kept(stub):
         assert form.status_code == 413
         assert httpx.post(f"{server.url}/reset", content=bytes(2 * 2**20)).status_code == 413
         assert post(server, observation()).status_code == 200
+
+
+def test_many_bodies_at_once_are_not_kept(stub, monkeypatch):
+    """Each within its limit, and together beyond that of all: the one too many is refused, the others go on."""
+    monkeypatch.setattr(guard, "MAX_BODIES", 2)
+
+    def status(client) -> bytes:
+        try:
+            client.sendall(b" ")
+            return client.recv(12)[-3:]
+        except OSError:  # closed before all of the body was read
+            return b"429"
+
+    with running(stub, Settings(max_body=2**20)) as server, ExitStack() as stack:
+        clients = [stack.enter_context(closing(raw(server))) for _ in range(3)]
+        for client in clients:
+            with suppress(OSError):
+                client.sendall(request_head(server, 2**20) + b" " * (2**20 - 1))
+        assert sorted(map(status, clients)) == [b"400", b"400", b"429"]
+        assert post(server, observation()).status_code == 200
+
+
+def test_many_websockets_at_once_are_refused(stub, monkeypatch):
+    monkeypatch.setattr(guard, "MAX_WEBSOCKETS", 1)
+    with running(stub) as server:
+        with open_websocket(server) as websocket:
+            websocket.recv()
+            with pytest.raises(InvalidStatus) as refusal:
+                open_websocket(server)
+            assert refusal.value.response.status_code == 429
+        until(lambda: "openvla_websocket_connections 0.0" in httpx.get(f"{server.url}/metrics").text)
+        with open_websocket(server) as websocket:
+            assert unpack(websocket.recv())["policy"] == "stub"
 
 
 def test_half_sent_bodies_keep_nobody_waiting(stub):
