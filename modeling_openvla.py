@@ -5,6 +5,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -66,10 +67,11 @@ from .decoding_openvla import (
 )
 from .fast_tokenizer_openvla import FastTokenizer, ids_to_tokens
 
-# The model needs neither, but what it does not import is not fetched with it, and could not be saved with it.
-from .handler import EndpointHandler  # noqa: F401
-from .pipeline_openvla import OpenVLAPipeline  # noqa: F401
 
+if TYPE_CHECKING:
+    # Never run: transformers fetches the files that a line like these names, so that a checkpoint is saved with them.
+    from .handler import EndpointHandler  # noqa: F401
+    from .pipeline_openvla import OpenVLAPipeline  # noqa: F401
 
 logger = logging.get_logger(__name__)
 

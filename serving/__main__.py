@@ -10,7 +10,6 @@ variable OPENVLA_TOKEN, where no list of processes shows it.
 import argparse
 import asyncio
 import contextlib
-import ipaddress
 import logging
 import os
 import sys
@@ -24,23 +23,12 @@ from load_policy import load_policy  # noqa: E402
 
 from serving.app import Settings  # noqa: E402
 from serving.engine import Policy  # noqa: E402
+from serving.guard import is_loopback  # noqa: E402
 from serving.server import Server, make_server  # noqa: E402
 from serving.service import Service  # noqa: E402
 
 
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches an address."""
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """
-    Raises:
-        SystemExit: If the server would be open to everyone, or the token cannot be sent.
-    """
     parser = argparse.ArgumentParser(
         prog="python -m serving", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -58,11 +46,19 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max_body_mb", type=float, default=16.0, help="of a request or a frame")
     parser.add_argument("--legacy_errors", action="store_true", help='failures of /act are "error" with status 200')
     parsed = parser.parse_args(arguments)
+    check_token(parser, parsed)
+    return parsed
+
+
+def check_token(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> None:
+    """
+    Raises:
+        SystemExit: If the server would be open to everyone, or the token cannot be sent.
+    """
     if parsed.token is not None and not (parsed.token.isascii() and parsed.token.strip() == parsed.token != ""):
         parser.error("--token must be ASCII text without blanks around it.")
     if parsed.token is None and not is_loopback(parsed.host):
         parser.error(f"--host {parsed.host} lets others in: say --token, or OPENVLA_TOKEN in the environment.")
-    return parsed
 
 
 async def serve(service: Service, server: Server) -> None:

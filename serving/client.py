@@ -15,17 +15,15 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 import httpx
 import numpy as np
-from websockets.asyncio.client import ClientConnection as AsyncConnection
-from websockets.asyncio.client import connect as connect_async
+from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus
-from websockets.sync.client import ClientConnection, connect
 
 from .wire import WireError, dump_json, load_json, pack, unpack
 
@@ -193,31 +191,6 @@ def _remaining(deadline: float) -> float:
 class _Rest:
     def __init__(self, url: str, token: str | None):
         self.url = url
-        self._client = httpx.Client(headers=_headers(token))
-
-    def exchange(self, observation: Mapping[str, Any], deadline: float) -> Any:
-        return _read_response(self._send("POST", self.url, dump_json(dict(observation)), deadline))
-
-    def metadata(self, deadline: float) -> dict[str, Any]:
-        return _read_description(self._send("GET", _status_url(self.url), None, deadline))
-
-    def close(self) -> None:
-        self._client.close()
-
-    def _send(self, method: str, url: str, content: str | None, deadline: float) -> httpx.Response:
-        try:
-            return self._client.request(
-                method, url, content=content, headers=_JSON_HEADERS, timeout=_remaining(deadline)
-            )
-        except httpx.TimeoutException as error:
-            raise TimeoutError from error
-        except httpx.TransportError as error:
-            raise _RetriedError(str(error) or type(error).__name__) from error
-
-
-class _AsyncRest:
-    def __init__(self, url: str, token: str | None):
-        self.url = url
         self._client = httpx.AsyncClient(headers=_headers(token))
 
     async def exchange(self, observation: Mapping[str, Any], deadline: float) -> Any:
@@ -243,80 +216,6 @@ class _Websocket:
         self._connection: ClientConnection | None = None
         self._metadata: dict[str, Any] = {}
 
-    def exchange(self, observation: Mapping[str, Any], deadline: float) -> Any:
-        frame = pack(dict(observation))
-        connection = self._connected(deadline)
-        try:
-            connection.send(frame)
-            answer = connection.recv(timeout=_remaining(deadline))
-            if isinstance(answer, str):
-                raise _failure_of_connection(answer, self._close_code(connection))
-            return _decoded(unpack, answer)
-        except ConnectionClosed as error:
-            self.close()
-            raise _failure_of_connection(str(error), connection.close_code) from error
-        except BaseException:
-            # An answer that comes after all would be taken for that to the next observation.
-            self.close()
-            raise
-
-    def metadata(self, deadline: float) -> dict[str, Any]:
-        self._connected(deadline)
-        return self._metadata
-
-    def close(self) -> None:
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            connection.close()
-
-    def _connected(self, deadline: float) -> ClientConnection:
-        if self._connection is not None:
-            return self._connection
-        try:
-            # `close` leaves what is entered here: newer versions of websockets warn where it is not.
-            connection = connect(
-                self.url,
-                additional_headers=_headers(self._token),
-                compression=None,
-                max_size=MAX_ANSWER_BYTES,
-                open_timeout=_remaining(deadline),
-                close_timeout=CLOSE_TIMEOUT,
-            ).__enter__()
-        except TimeoutError:
-            raise
-        except (OSError, InvalidHandshake) as error:
-            raise _failure_of_handshake(error) from error
-        try:
-            first = connection.recv(timeout=_remaining(deadline))
-            if isinstance(first, str):
-                raise _failure_of_connection(first, self._close_code(connection))
-            self._connection, self._metadata = connection, _decoded(unpack, first)
-        except ConnectionClosed as error:
-            raise _failure_of_connection(str(error), connection.close_code) from error
-        finally:
-            if self._connection is None:
-                connection.close()
-        return connection
-
-    @staticmethod
-    def _close_code(connection: ClientConnection) -> int | None:
-        """With which the server closes, as it does behind a text frame."""
-        try:
-            connection.recv(timeout=CLOSE_TIMEOUT)
-        except ConnectionClosed:
-            return connection.close_code
-        except TimeoutError:
-            pass
-        connection.close()
-        return None
-
-
-class _AsyncWebsocket:
-    def __init__(self, url: str, token: str | None):
-        self.url, self._token = url, token
-        self._connection: AsyncConnection | None = None
-        self._metadata: dict[str, Any] = {}
-
     async def exchange(self, observation: Mapping[str, Any], deadline: float) -> Any:
         frame = pack(dict(observation))
         connection = await self._connected(deadline)
@@ -325,14 +224,15 @@ class _AsyncWebsocket:
                 await connection.send(frame)
                 answer = await connection.recv()
             if isinstance(answer, str):
-                raise _failure_of_connection(answer, await self._close_code(connection))
+                raise _failure_of_connection(answer, await self._close_code(connection, deadline))
             return _decoded(unpack, answer)
-        except ConnectionClosed as error:
-            await self.close()
-            raise _failure_of_connection(str(error), connection.close_code) from error
-        except BaseException:
-            # An answer that comes after all would be taken for that to the next observation.
-            await self.close()
+        except BaseException as error:
+            # An answer that comes after all would be taken for that to the next observation. Nor is there time to
+            # close with a server that may not read.
+            self._connection = None
+            connection.transport.abort()
+            if isinstance(error, ConnectionClosed):
+                raise _failure_of_connection(str(error), connection.close_code) from error
             raise
 
     async def metadata(self, deadline: float) -> dict[str, Any]:
@@ -344,11 +244,11 @@ class _AsyncWebsocket:
         if connection is not None:
             await connection.close()
 
-    async def _connected(self, deadline: float) -> AsyncConnection:
+    async def _connected(self, deadline: float) -> ClientConnection:
         if self._connection is not None:
             return self._connection
         try:
-            connection = await connect_async(
+            connection = await connect(
                 self.url,
                 additional_headers=_headers(self._token),
                 compression=None,
@@ -364,35 +264,34 @@ class _AsyncWebsocket:
             async with asyncio.timeout(_remaining(deadline)):
                 first = await connection.recv()
             if isinstance(first, str):
-                raise _failure_of_connection(first, await self._close_code(connection))
+                raise _failure_of_connection(first, await self._close_code(connection, deadline))
             self._connection, self._metadata = connection, _decoded(unpack, first)
         except ConnectionClosed as error:
             raise _failure_of_connection(str(error), connection.close_code) from error
         finally:
             if self._connection is None:
-                await connection.close()
+                connection.transport.abort()
         return connection
 
     @staticmethod
-    async def _close_code(connection: AsyncConnection) -> int | None:
+    async def _close_code(connection: ClientConnection, deadline: float) -> int | None:
         """With which the server closes, as it does behind a text frame."""
         try:
-            async with asyncio.timeout(CLOSE_TIMEOUT):
+            async with asyncio.timeout(min(CLOSE_TIMEOUT, deadline - time.monotonic())):
                 await connection.recv()
         except ConnectionClosed:
             return connection.close_code
         except TimeoutError:
             pass
-        await connection.close()
         return None
 
 
 # Clients
 
 
-class PolicyClient:
+class AsyncPolicyClient:
     """
-    A policy behind a server. To be used by one thread at a time; threads that share it wait for each other.
+    A policy behind a server, for programs on asyncio. Calls at the same time wait for each other.
 
     Args:
         url (`str`): `http://` and `https://`: REST, the path `/act` is added; `ws://` and `wss://`: openpi's protocol.
@@ -416,9 +315,9 @@ class PolicyClient:
     ):
         self.url, self.timeout, self.backoff, self.fields = _check_url(url), timeout, backoff or Backoff(), fields
         self._transport = (_Rest if self.url.startswith("http") else _Websocket)(self.url, token)
-        self._lock = threading.Lock()
+        self._lock = asyncio.Lock()
 
-    def infer(self, observation: Mapping[str, Any]) -> Answer:
+    async def infer(self, observation: Mapping[str, Any]) -> Answer:
         """
         Actions for an observation.
 
@@ -432,69 +331,13 @@ class PolicyClient:
         """
         began = time.monotonic()
         fields = {**self.fields, **observation}
-        with self._lock:
-            content = self._attempt(lambda deadline: self._transport.exchange(fields, deadline), began)
-        actions, details = _read_actions(content)
-        return Answer(actions, time.monotonic() - began, details)
-
-    def metadata(self) -> dict[str, Any]:
-        """What our server says of its policy; another one says what it will, and a published REST server nothing."""
-        with self._lock:
-            return self._attempt(self._transport.metadata, time.monotonic())
-
-    def close(self) -> None:
-        with self._lock:
-            self._transport.close()
-
-    def __enter__(self) -> "PolicyClient":
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.close()
-
-    def _attempt(self, exchange: Callable[[float], Any], began: float) -> Any:
-        deadline, reason = began + self.timeout, ""
-        for pause in self.backoff.pauses():
-            try:
-                return exchange(deadline)
-            except _RetriedError as error:
-                reason = str(error)
-            except TimeoutError:
-                break
-            if time.monotonic() + pause >= deadline:
-                break
-            logger.info("%s: %s; another attempt in %.2f s", self.url, reason, pause)
-            time.sleep(pause)
-        raise TimeoutError(_too_late(self.url, self.timeout, reason))
-
-
-class AsyncPolicyClient:
-    """As [`PolicyClient`], for programs on asyncio. Calls at the same time wait for each other."""
-
-    def __init__(
-        self,
-        url: str,
-        *,
-        token: str | None = None,
-        timeout: float = 10.0,
-        backoff: Backoff | None = None,
-        **fields: Any,
-    ):
-        self.url, self.timeout, self.backoff, self.fields = _check_url(url), timeout, backoff or Backoff(), fields
-        self._transport = (_AsyncRest if self.url.startswith("http") else _AsyncWebsocket)(self.url, token)
-        self._lock = asyncio.Lock()
-
-    async def infer(self, observation: Mapping[str, Any]) -> Answer:
-        """See [`PolicyClient.infer`]."""
-        began = time.monotonic()
-        fields = {**self.fields, **observation}
         async with self._lock:
             content = await self._attempt(lambda deadline: self._transport.exchange(fields, deadline), began)
         actions, details = _read_actions(content)
         return Answer(actions, time.monotonic() - began, details)
 
     async def metadata(self) -> dict[str, Any]:
-        """See [`PolicyClient.metadata`]."""
+        """What our server says of its policy; another one says what it will, and a published REST server nothing."""
         async with self._lock:
             return await self._attempt(self._transport.metadata, time.monotonic())
 
@@ -508,7 +351,7 @@ class AsyncPolicyClient:
     async def __aexit__(self, *_: Any) -> None:
         await self.close()
 
-    async def _attempt(self, exchange: Callable[[float], Any], began: float) -> Any:
+    async def _attempt(self, exchange: Callable[[float], Awaitable[Any]], began: float) -> Any:
         deadline, reason = began + self.timeout, ""
         for pause in self.backoff.pauses():
             try:
@@ -522,6 +365,57 @@ class AsyncPolicyClient:
             logger.info("%s: %s; another attempt in %.2f s", self.url, reason, pause)
             await asyncio.sleep(pause)
         raise TimeoutError(_too_late(self.url, self.timeout, reason))
+
+
+class PolicyClient:
+    """
+    An [`AsyncPolicyClient`] for programs without asyncio, in a thread of its own: whatever the server or the network
+    does, no call outlasts its timeout. Threads that share it wait for each other.
+
+    Args:
+        url (`str`), token (`str`, *optional*), timeout (`float`), backoff (`Backoff`, *optional*), fields: See
+            [`AsyncPolicyClient`].
+
+    Raises:
+        ValueError: If the address is none.
+    """
+
+    def __init__(self, url: str, **arguments: Any):
+        self._client = AsyncPolicyClient(url, **arguments)
+        self.url = self._client.url
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="policy client", daemon=True)
+        self._thread.start()
+
+    def infer(self, observation: Mapping[str, Any]) -> Answer:
+        """See [`AsyncPolicyClient.infer`]."""
+        return self._run(self._client.infer(observation))
+
+    def metadata(self) -> dict[str, Any]:
+        """See [`AsyncPolicyClient.metadata`]."""
+        return self._run(self._client.metadata())
+
+    def close(self) -> None:
+        if self._loop.is_closed():
+            return
+        self._run(self._client.close())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def __enter__(self) -> "PolicyClient":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def _run(self, call: Coroutine[Any, Any, Any]) -> Any:
+        future = asyncio.run_coroutine_threadsafe(call, self._loop)
+        try:
+            return future.result()
+        except BaseException:  # such as an interrupt: nobody waits for the answer any more
+            future.cancel()
+            raise
 
 
 def _too_late(url: str, timeout: float, reason: str) -> str:

@@ -30,6 +30,8 @@ from fastapi import FastAPI
 from ray import serve
 from ray.serve.config import HTTPOptions
 
+from .guard import is_loopback
+
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 # Requests that wait for a replica; those beyond are answered with 503.
@@ -71,6 +73,8 @@ class Options:
                 f"At least one replica with a share of a processor is needed, got replicas={self.replicas}, "
                 f"gpus={self.gpus}, cpus={self.cpus}."
             )
+        if self.token is None and not is_loopback(self.host):
+            raise ValueError(f"host={self.host!r} lets others in: that needs a `token`.")
 
 
 class Replica:
@@ -104,8 +108,19 @@ def make_application(options: Options) -> serve.Application:
 
 
 def application(arguments: dict[str, Any]) -> serve.Application:
-    """For `serve run` and `serve deploy`: see [`Options`] for the arguments."""
-    return make_application(Options(**arguments))
+    """
+    For `serve run` and `serve deploy`, whose configuration says where Ray listens.
+
+    Args:
+        arguments (`dict`): Fields of [`Options`]; `token` may come in the environment variable OPENVLA_TOKEN.
+
+    Raises:
+        ValueError: If there is no token: nothing here knows whom Ray lets in.
+    """
+    options = Options(**{"token": os.environ.get("OPENVLA_TOKEN"), **arguments})
+    if not options.token:
+        raise ValueError("`token` is missing, or OPENVLA_TOKEN in the environment.")
+    return make_application(options)
 
 
 def _build_app(options: Options) -> FastAPI:
@@ -151,7 +166,7 @@ def start(options: Options, port: int, address: str | None = None) -> None:
 
 
 def parse_arguments(arguments: list[str] | None = None) -> tuple[Options, argparse.Namespace]:
-    from .__main__ import is_loopback
+    from .__main__ import check_token
 
     parser = argparse.ArgumentParser(
         prog="python -m serving.ray_deployment",
@@ -169,8 +184,7 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[Options, argpar
     parser.add_argument("--trust_remote_code", action="store_true", help="run the policy's own copy of the code")
     parser.add_argument("--address", help="of a Ray cluster, such as auto; by default Ray starts on this machine")
     parsed = parser.parse_args(arguments)
-    if parsed.token is None and not is_loopback(parsed.host):
-        parser.error(f"--host {parsed.host} lets others in: say --token, or OPENVLA_TOKEN in the environment.")
+    check_token(parser, parsed)
     policy = str(Path(parsed.policy).resolve()) if Path(parsed.policy).is_dir() else parsed.policy
     names = ("replicas", "gpus", "cpus", "token", "host", "dtype", "trust_remote_code")
     return Options(policy, **{name: getattr(parsed, name) for name in names}), parsed

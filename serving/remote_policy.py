@@ -41,7 +41,10 @@ class RemotePolicy(ChunkedPolicy):
         self._make_client = lambda: PolicyClient(url, token=token, timeout=timeout, **fields)
         self._clients = [self._make_client()]
         self.description = self._clients[0].metadata()
-        if missing := {"num_images", "use_proprio", "image_size", "action_dims"} - self.description.keys():
+        if (
+            missing := {"num_images", "use_proprio", "image_size", "action_dims", "chunk_size"}
+            - self.description.keys()
+        ):
             raise ValueError(f"{url} does not say what its policy takes: {sorted(missing)} are missing.")
         dims = self.description["action_dims"]
         if unnorm_key is None and len(dims) == 1:

@@ -1,15 +1,31 @@
 """The process around the application: uvicorn, which here finishes what runs before it closes."""
 
+import asyncio
 import logging
 import socket
 
 import uvicorn
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from .app import Settings, create_app
 from .service import Service
 
 
 logger = logging.getLogger(__name__)
+
+CLOSE_SECONDS = 10.0  # for a websocket's client to read what was sent before its connection was closed
+
+
+class WebSocketProtocol(WebSocketsSansIOProtocol):
+    """uvicorn's, which by itself keeps a closed connection for as long as its client reads nothing."""
+
+    async def run_asgi(self) -> None:
+        await super().run_asgi()
+        self.loop.call_later(CLOSE_SECONDS, self.transport.abort)
+
+    def keepalive_timeout(self) -> None:
+        super().keepalive_timeout()
+        self.loop.call_later(CLOSE_SECONDS, self.transport.abort)
 
 
 class Server(uvicorn.Server):
@@ -33,7 +49,10 @@ class Server(uvicorn.Server):
                     logger.info("Serving %s on %s", self.service.policy.name, each.getsockname()[:2])
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        await self.service.drain(self.service.timeout)
+        draining = asyncio.create_task(self.service.drain(self.service.timeout))
+        while not draining.done() and not self.force_exit:  # a second interrupt
+            await asyncio.wait({draining}, timeout=0.1)
+        draining.cancel()
         await super().shutdown(sockets)
 
 
@@ -45,7 +64,7 @@ def make_server(service: Service, settings: Settings, port: int) -> Server:
         port=port,
         http="h11",
         loop="asyncio",
-        ws="websockets-sansio",
+        ws=WebSocketProtocol,
         ws_max_size=settings.max_body,
         ws_per_message_deflate=False,
         access_log=False,

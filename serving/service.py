@@ -113,7 +113,7 @@ class Service:
         return answer
 
     async def warm_up(self) -> None:
-        """One prediction on a gray picture, which finds what is broken before a robot does."""
+        """One prediction on a gray picture, however long it takes: it finds what is broken before a robot does."""
         side, statistics = self.description["image_size"], self.policy.model.norm_stats
         key = next(iter(statistics))
         picture = np.full((side, side, 3), 127, np.uint8)
@@ -121,7 +121,7 @@ class Service:
         fields |= {f"wrist_{index}": picture for index in range(1, self.description["num_images"])}
         if self.description["use_proprio"]:
             fields["state"] = statistics[key]["proprio"]["mean"]
-        await self.answer("warm_up", lambda: fields)
+        await self._answer(lambda: fields)
 
     def reset(self, session_id: str) -> int:
         """See [`Batcher.reset`]."""

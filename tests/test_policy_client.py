@@ -2,11 +2,13 @@
 """The client of policy servers: both protocols, errors, time, and connections that come back."""
 
 import asyncio
+import re
+import socket
 import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import msgpack
 import numpy as np
@@ -15,6 +17,7 @@ from conftest import REPOSITORY
 from policy_server import StubPolicy, observation, running
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.server import serve
+from websockets.utils import accept_key
 
 from serving.app import Settings
 from serving.client import AsyncPolicyClient, Backoff, PolicyClient, PolicyServerError
@@ -120,7 +123,7 @@ class TestAnswers:
         with pytest.raises(TimeoutError, match=r"has not answered within 0\.3 s"):
             client.infer(observation(1))
         stub.gate.set()
-        client.client.timeout = 5.0
+        getattr(client.client, "_client", client.client).timeout = 5.0
         assert client.infer(observation(2)).actions[0, 0] == 2
 
     def test_busy_server_is_asked_again(self, ask, kind, protocol):
@@ -248,6 +251,52 @@ class TestWebsocket:
 
         with openpi_server(handle) as port, pytest.raises(TimeoutError, match=r"within 0\.2 s"):
             ask(kind, f"ws://127.0.0.1:{port}", timeout=0.2).infer(observation())
+
+
+@contextmanager
+def raw_server(serve_one):
+    """`serve_one` gets a bare socket, and an event that is set at the end."""
+    ended = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(20)
+
+        def accept():
+            with suppress(OSError), listener.accept()[0] as connection:
+                serve_one(connection, ended)
+
+        thread = threading.Thread(target=accept)
+        thread.start()
+        try:
+            yield listener.getsockname()[1]
+        finally:
+            ended.set()
+            thread.join()
+
+
+def read_nothing(connection, ended) -> None:
+    """Speak openpi's protocol until the metadata are sent."""
+    key = re.search(rb"Sec-WebSocket-Key: (\S+)", connection.recv(4096))[1].decode()
+    head = "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+    connection.sendall(f"{head}Sec-WebSocket-Accept: {accept_key(key)}\r\n\r\n".encode() + b"\x82\x01\x80")
+    ended.wait(20)
+
+
+def answer_byte_by_byte(connection, ended) -> None:
+    connection.recv(4096)
+    connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n")
+    while not ended.wait(0.05):
+        connection.sendall(b" ")
+
+
+@both_kinds
+@pytest.mark.parametrize(("protocol", "serve_one"), [("ws", read_nothing), ("http", answer_byte_by_byte)])
+def test_no_call_outlasts_its_timeout(ask, kind, protocol, serve_one):
+    """Neither where a large frame finds no room, nor where each byte of an answer comes in time."""
+    with raw_server(serve_one) as port:
+        began = time.monotonic()
+        with pytest.raises(TimeoutError):
+            ask(kind, f"{protocol}://127.0.0.1:{port}", timeout=1.0).infer({"image": np.zeros(3 * 10**7, np.uint8)})
+        assert time.monotonic() - began < 10
 
 
 @pytest.mark.parametrize("url", ["127.0.0.1:8000", "ftp://robot", "http://", "ws:///act"])

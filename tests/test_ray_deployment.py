@@ -104,7 +104,13 @@ def test_options(options):
         deployment.Options("policy", **options)
 
 
-def test_nobody_else_without_a_token(capsys):
-    with pytest.raises(SystemExit):
-        deployment.parse_arguments(["--policy", ".", "--host", "0.0.0.0"])
-    assert "say --token" in capsys.readouterr().err
+def test_nobody_else_without_a_token(capsys, monkeypatch):
+    monkeypatch.delenv("OPENVLA_TOKEN", raising=False)
+    for token, message in (([], "say --token"), (["--token", ""], "must be ASCII text")):
+        with pytest.raises(SystemExit):
+            deployment.parse_arguments(["--policy", ".", "--host", "0.0.0.0", *token])
+        assert message in capsys.readouterr().err
+    with pytest.raises(ValueError, match="lets others in"):
+        deployment.Options("policy", host="0.0.0.0")
+    with pytest.raises(ValueError, match="`token` is missing"):
+        deployment.application({"policy": "policy"})

@@ -40,6 +40,8 @@ import sys
 import transformers
 
 loaded = getattr(transformers, sys.argv[2]).from_pretrained(sys.argv[1], trust_remote_code=True)
+# Not what only travels with the model: their imports take a second.
+assert not any(name.endswith((".handler", ".pipeline_openvla")) for name in sys.modules), "imported in vain"
 print(type(loaded).__name__)
 """
 

@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 
 import httpx
 import msgpack
@@ -27,6 +27,8 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
 from serving import __main__ as command
+from serving import guard
+from serving import server as serving_server
 from serving.app import Settings
 from serving.engine import Policy, Prediction
 from serving.wire import dump_json, load_json, pack, unpack
@@ -335,17 +337,21 @@ def test_reset(stub):
 
 
 def test_clients_share_batches_and_get_their_own(stub):
-    stub.seconds = 0.01
-    with running(stub, max_batch_size=8) as server:
+    with running(stub, max_batch_size=8, batch_wait=0.5) as server:
 
         def ask(client: int) -> None:
-            with httpx.Client() as http:
+            with httpx.Client(timeout=60) as http:
                 for number in range(10 * client, 10 * client + 10):
                     response = http.post(f"{server.url}/act", content=dump_json(observation(number)), headers=JSON)
                     assert load_json(response.content)[0] == number
 
+        stub.gate.clear()
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
-            list(pool.map(ask, range(8)))
+            asking = [pool.submit(ask, client) for client in range(8)]
+            until(lambda: server.service.num_open == 8)
+            until(lambda: server.service.batcher.num_waiting == 7)
+            stub.gate.set()
+            [future.result() for future in asking]
         metrics = httpx.get(f"{server.url}/metrics").text
     assert sum(map(len, stub.batches)) == 80
     assert len(stub.batches) < 40
@@ -417,6 +423,39 @@ def test_large_bodies_are_not_kept(stub):
         assert post(server, observation()).status_code == 200
 
 
+def test_many_bodies_at_once_are_not_kept(stub, monkeypatch):
+    """Each within its limit, and together beyond that of all: the one too many is refused, the others go on."""
+    monkeypatch.setattr(guard, "MAX_BODIES", 2)
+
+    def status(client) -> bytes:
+        try:
+            client.sendall(b" ")
+            return client.recv(12)[-3:]
+        except OSError:  # closed before all of the body was read
+            return b"429"
+
+    with running(stub, Settings(max_body=2**20)) as server, ExitStack() as stack:
+        clients = [stack.enter_context(closing(raw(server))) for _ in range(3)]
+        for client in clients:
+            with suppress(OSError):
+                client.sendall(request_head(server, 2**20) + b" " * (2**20 - 1))
+        assert sorted(map(status, clients)) == [b"400", b"400", b"429"]
+        assert post(server, observation()).status_code == 200
+
+
+def test_many_websockets_at_once_are_refused(stub, monkeypatch):
+    monkeypatch.setattr(guard, "MAX_WEBSOCKETS", 1)
+    with running(stub) as server:
+        with open_websocket(server) as websocket:
+            websocket.recv()
+            with pytest.raises(InvalidStatus) as refusal:
+                open_websocket(server)
+            assert refusal.value.response.status_code == 429
+        until(lambda: "openvla_websocket_connections 0.0" in httpx.get(f"{server.url}/metrics").text)
+        with open_websocket(server) as websocket:
+            assert unpack(websocket.recv())["policy"] == "stub"
+
+
 def test_half_sent_bodies_keep_nobody_waiting(stub):
     with running(stub, Settings(body_timeout=0.5), max_open=2) as server:
         clients = [raw(server) for _ in range(20)]
@@ -452,10 +491,10 @@ def test_killed_clients_keep_nobody_waiting(stub):
         assert stub.batches == [["go 100"], ["go 3"]]
 
 
-def test_slow_readers_are_left(stub, monkeypatch):
-    """A client that asks and never reads is left once its answers, of a megabyte each, find no room."""
-    monkeypatch.setattr(stub, "predict", lambda rows: [Prediction(np.zeros((20_000, 7))) for _ in rows])
-    with running(stub, Settings(send_timeout=0.3)) as server, closing(raw(server)) as client:
+@contextmanager
+def slow_reader(server):
+    """A client that asks for answers of a megabyte each, and never reads one."""
+    with closing(raw(server)) as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
         key = base64.b64encode(bytes(16)).decode()
         client.sendall(
@@ -466,12 +505,35 @@ def test_slow_readers_are_left(stub, monkeypatch):
         payload = pack(observation())
         frame = bytes([0x82, 0x80 | 126]) + len(payload).to_bytes(2, "big") + bytes(4) + payload  # masked with zeros
         client.settimeout(1.0)
-        with suppress(TimeoutError):  # the server stops reading, too
+        with suppress(OSError):  # the server stops reading, too, and then goes
             client.sendall(frame * 30)
         until(lambda: server.service.metrics.outcomes.get("ok", 0) > 2)
+        yield
+
+
+@pytest.fixture
+def megabytes(stub, monkeypatch):
+    monkeypatch.setattr(stub, "predict", lambda rows: [Prediction(np.zeros((20_000, 7))) for _ in rows])
+    return stub
+
+
+def test_slow_readers_are_left(megabytes, monkeypatch):
+    """Once their answers find no room, and their connections with them."""
+    monkeypatch.setattr(serving_server, "CLOSE_SECONDS", 0.2)
+    with running(megabytes, Settings(send_timeout=0.3)) as server, slow_reader(server):
         until(lambda: "openvla_websocket_connections 0.0" in httpx.get(f"{server.url}/metrics").text)
         assert server.service.num_unsent == 0
         assert post(server, observation()).status_code == 200
+        until(lambda: not any(each.transport.is_closing() for each in list(server.server.server_state.connections)))
+
+
+def test_slow_readers_do_not_delay_the_end(megabytes, monkeypatch):
+    monkeypatch.setattr(serving_server, "CLOSE_SECONDS", 0.2)
+    with ExitStack() as stack:
+        with running(megabytes, Settings(send_timeout=0.3)) as server:
+            stack.enter_context(slow_reader(server))
+            began = time.monotonic()
+        assert time.monotonic() - began < 10  # within the 31 s that uvicorn would wait
 
 
 def test_nonsense_in_place_of_http(stub):
@@ -566,6 +628,15 @@ def test_shutdown_finishes_what_runs(stub):
             assert each.close_code == 1012
 
 
+def test_a_second_interrupt_ends_it_at_once(stub):
+    with running(stub) as server:
+        occupy(server, stub)
+        server.server.should_exit = True
+        until(lambda: server.service.is_draining)
+        server.server.force_exit = True
+        until(lambda: not server.server.servers[0].is_serving())
+
+
 @pytest.mark.slow
 def test_the_command(tmp_path):
     """As users start it, and as a supervisor stops it."""
@@ -636,7 +707,9 @@ def test_status(server):
     assert status["recent"][-1]["total"] >= status["recent"][-1]["inference"]
 
 
-def test_warm_up(tiny):
-    with running(tiny) as server:
+def test_warm_up_takes_its_time(tiny):
+    """The first action of a large policy may take longer than any other, and is nobody's."""
+    with running(tiny, timeout=1e-6) as server:
         asyncio.run(server.service.warm_up())
-        assert server.service.metrics.outcomes == {"ok": 1}
+        assert server.service.metrics.outcomes == {}
+        assert server.service.metrics.render().count(b"openvla_batch_size_count 1.0") == 1
