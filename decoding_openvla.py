@@ -361,12 +361,13 @@ class TokenDecoder:
             num_outputs (`int`, defaults to 1): Positions.
 
         Returns:
-            `torch.Tensor`: (B, num_outputs, num_action_tokens), in the order of the ids.
+            `torch.Tensor`: (B, num_outputs, num_action_tokens), in the order of the ids, on the prompt's device.
         """
         embeddings = self._embed(token_ids)  # (B, S, H)
         if self._prompt is not None:
             embeddings, self._prompt = torch.cat([self._prompt, embeddings], dim=1), None
-        return self._to_action_logits(self._reader.read(embeddings, num_outputs))
+        logits = self._to_action_logits(self._reader.read(embeddings, num_outputs))
+        return logits.to(self.device)  # a model on several devices has its head on the last one
 
     def forget(self, num_tokens: int) -> None:
         """Take back the last tokens that were read."""

@@ -184,6 +184,24 @@ class TestOtherLanguageModels:
         self.check(model, inputs, expected, "hooks")
         assert len(calls) == 14
 
+    def test_head_on_another_device(self, policy_and_batch, monkeypatch):
+        model, inputs, expected = policy_and_batch
+        decoding, moves = decoding_of(model), []
+        original = decoding.action_logits_function
+
+        class Elsewhere(torch.Tensor):
+            def to(self, device):
+                moves.append(device)
+                return self.as_subclass(torch.Tensor)
+
+        def function(head, config):
+            return lambda hidden: original(head, config)(hidden).as_subclass(Elsewhere)
+
+        monkeypatch.setattr(decoding, "action_logits_function", function)
+        tokens = model.predict_action(**inputs, return_dict=True).token_ids
+        assert torch.equal(tokens, expected)
+        assert moves == [inputs["input_ids"].device] * 7
+
     def test_rotary_embedding_that_changes(self):
         rope = {"rope_type": "dynamic", "factor": 2.0}
         model, processor = make(text_config=TEXT | {"model_type": "llama", "rope_scaling": rope})
