@@ -70,10 +70,10 @@ def action_logits_function(head: nn.Module, config: OpenVLAConfig) -> Callable[[
     the ids.
 
     Only a plain linear layer that holds its weight can be restricted to the rows of the action tokens; a wrapped,
-    quantised or offloaded one computes all rows.
+    quantised, hooked or offloaded one computes all rows.
     """
     rows = slice(config.action_token_begin, config.action_token_end)
-    if type(head) is not nn.Linear or hasattr(head, "_hf_hook"):
+    if type(head) is not nn.Linear or _has_hooks(head):
         return lambda hidden: head(hidden)[..., rows]
     bias = None if head.bias is None else head.bias[rows]
     return lambda hidden: nn.functional.linear(hidden, head.weight[rows], bias)
@@ -243,14 +243,15 @@ class _LayerFunctions:
 
 
 # Layers that are what `StaticReader` takes them for, and rotary embeddings that do not depend on the length so far.
+_LLAMA = "transformers.models.llama.modeling_llama"
 _LLAMA_PARTS = ("LlamaDecoderLayer", "LlamaAttention", "LlamaMLP")
 _STATIC_ROPE_TYPES = ("default", "linear", "llama3")
 
 
 def why_not_static(decoder: nn.Module, device: torch.device) -> str | None:
     """What keeps a language model without its head from [`StaticReader`] on a device; `None`: nothing does."""
-    if type(decoder).__name__ != "LlamaModel":
-        return f"the language model is a {type(decoder).__name__} and not a LlamaModel"
+    if _kind_of(decoder) != "LlamaModel":
+        return f"the language model is a {_kind_of(decoder)} and not a LlamaModel"
     if decoder.config._attn_implementation != "sdpa":
         return f"the attention implementation is {decoder.config._attn_implementation!r} and not 'sdpa'"
     if decoder.rotary_emb.rope_type not in _STATIC_ROPE_TYPES:
@@ -258,7 +259,7 @@ def why_not_static(decoder: nn.Module, device: torch.device) -> str | None:
     if torch.is_autocast_enabled(device.type):
         return "autocast is on"
     for layer in decoder.layers:
-        kinds = tuple(type(part).__name__ for part in (layer, layer.self_attn, layer.mlp))
+        kinds = tuple(_kind_of(part) for part in (layer, layer.self_attn, layer.mlp))
         if kinds != _LLAMA_PARTS:
             return f"a layer is made of {kinds} and not of {_LLAMA_PARTS}"
     if decoder.training and decoder.config.attention_dropout:
@@ -268,10 +269,24 @@ def why_not_static(decoder: nn.Module, device: torch.device) -> str | None:
     return None
 
 
+def _kind_of(module: nn.Module) -> str:
+    """Name of the module's class; where its code is not that of the library's Llama, with the module that has it."""
+    name, source = type(module).__name__, type(module).forward.__module__
+    return name if source == _LLAMA else f"{name} of {source}"
+
+
 def _has_hooks(module: nn.Module) -> bool:
-    """Whether calling `module` does something beside what its class does."""
-    is_hooked = module._forward_hooks or module._forward_pre_hooks or module._compiled_call_impl is not None
-    return bool(is_hooked) or "forward" in module.__dict__
+    """
+    Whether calling `module` does something beside what its class does.
+
+    What the library leaves in its layers once hidden states were asked for does not: transformers 5 hooks that record
+    nothing, 4.57 the class's own `forward`.
+    """
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    is_hooked = any(getattr(hook, "__module__", None) != "transformers.utils.output_capturing" for hook in hooks)
+    forward = module.__dict__.get("forward")
+    is_patched = forward is not None and getattr(forward, "__func__", None) is not type(module).forward
+    return is_hooked or is_patched or module._compiled_call_impl is not None
 
 
 def _as_function(module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -279,7 +294,7 @@ def _as_function(module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
     if type(module) is nn.Linear:
         weight, bias = module.weight, module.bias
         return lambda values: nn.functional.linear(values, weight, bias)
-    if type(module).__name__ == "LlamaRMSNorm" and module.weight.dtype == torch.float32:
+    if _kind_of(module) == "LlamaRMSNorm" and module.weight.dtype == torch.float32:
         weight, eps = module.weight, module.variance_epsilon
 
         def normalize(values: torch.Tensor) -> torch.Tensor:
