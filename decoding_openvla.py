@@ -389,6 +389,10 @@ class TokenDecoder:
         self._reader.forget(num_tokens)
 
 
+# Tokens that are guessed at once: more would take longer to read than one, and those far behind an error are wrong.
+_MAX_GUESSED = 16
+
+
 def decode_action_tokens(
     language_model: nn.Module,
     config: OpenVLAConfig,
@@ -409,7 +413,7 @@ def decode_action_tokens(
         num_tokens (`int`): Tokens to decode.
         sampling (`SamplingParams`): Greedy or sampled.
         draft (`torch.Tensor`, *optional*): Action tokens that may be right, (B, num_tokens), for greedy decoding. A
-            single row without one is verified from a guess.
+            single row of few tokens without one is verified from a guess.
 
     Returns:
         `tuple`: Token ids (B, num_tokens), and the logits of the action tokens they were chosen from, in the order of
@@ -419,7 +423,7 @@ def decode_action_tokens(
         FloatingPointError: If logits are not finite.
     """
     decoder = TokenDecoder(language_model, config, inputs_embeds, attention_mask, num_tokens)
-    if draft is None and len(inputs_embeds) == 1 and not sampling.do_sample:
+    if draft is None and len(inputs_embeds) == 1 and num_tokens <= _MAX_GUESSED and not sampling.do_sample:
         # In a batch the row with the worst guess decides, and reading all tokens is no longer cheap.
         draft = guess_tokens(config, 1, num_tokens, inputs_embeds.device)
     if draft is not None and decoder.can_forget:
@@ -447,20 +451,21 @@ def _verify(decoder: TokenDecoder, config: OpenVLAConfig, draft: torch.Tensor) -
     What greedy decoding gives, by reading a guess of all tokens at once, (B, N).
 
     What follows a prefix of right tokens is right: each pass makes the first wrong guess of every row right, and a
-    new guess of those behind it, which are read again (Jacobi's method). There are never more passes than tokens.
+    new guess of those behind it, of which the next ones are read again (Jacobi's method). There are never more passes
+    than tokens.
     """
-    num_tokens = draft.shape[1]
-    guess = draft
-    logits = decoder.read(guess[:, :-1], num_tokens)  # (B, N, n_action_bins)
+    guess, last = draft, draft.shape[1] - 1
+    num_read = last
+    logits = decoder.read(guess[:, :num_read], last + 1)  # (B, N, n_action_bins)
     while True:
         token_ids = logits.argmax(dim=-1) + config.action_token_begin  # (B, N)
-        num_right = int(count_right(guess, token_ids).min())  # of the tokens that every row has read
-        num_wrong = num_tokens - 1 - num_right
-        if num_wrong <= 0:
+        num_right = int(count_right(guess[:, :num_read], token_ids[:, :num_read]).min())
+        if num_right == last:
             return token_ids, logits
-        decoder.forget(num_wrong)
-        guess = token_ids
-        logits = torch.cat([logits[:, : num_right + 1], decoder.read(guess[:, num_right:-1], num_wrong)], dim=1)
+        decoder.forget(num_read - num_right)
+        guess, num_read = token_ids, min(num_right + _MAX_GUESSED, last)
+        again = decoder.read(guess[:, num_right:num_read], num_read - num_right)
+        logits = torch.cat([logits[:, : num_right + 1], again, logits[:, num_read + 1 :]], dim=1)
 
 
 def guess_tokens(config: OpenVLAConfig, batch_size: int, num_tokens: int, device: torch.device) -> torch.Tensor:

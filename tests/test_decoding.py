@@ -147,6 +147,19 @@ class TestDraft:
         with pytest.raises(ValueError, match="`attention_mode='bidirectional'`"):
             parallel.predict_action(**make_batch(processor, 1), draft_token_ids=torch.zeros(1, 21).long())
 
+    def test_many_tokens_are_read_again_a_few_at_a_time(self):
+        model, processor = make(chunk_size=4)
+        inputs = make_batch(processor, 1)
+        expected = plain_tokens(model, inputs, 28)
+        draft = expected.clone()
+        draft[0, 3:] = model.config.action_token_begin
+        for tokens, first in ((None, 0), (draft, 27)):
+            with counted_passes(model) as passes:
+                output = model.predict_action(**inputs, draft_token_ids=tokens, return_dict=True)
+            assert torch.equal(output.token_ids, expected)
+            assert passes[0] == first
+            assert max(passes[1:]) <= (16 if first else 1)
+
     def test_single_row_is_verified_from_a_guess(self, policy_and_batch):
         model, inputs, expected = policy_and_batch
         single = {name: value[1:2] for name, value in inputs.items()}  # the longest text, which is not padded
