@@ -893,7 +893,9 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
             raise ValueError("`predict_action` needs a cache, which gradient checkpointing turns off: call `eval()`.")
         for name, values in observation.items():
             # A sum is not finite where a value is not, and takes a twentieth of the time of looking at each.
-            if values is not None and not torch.isfinite(values.sum(dtype=torch.float32)):
+            if values is None or torch.isfinite(values.sum(dtype=torch.float32)):
+                continue
+            if not torch.isfinite(values).all():  # and not the sum alone, which large values may overflow
                 raise ValueError(f"`{name}` hold NaN or infinite values; the camera or the sensor is broken.")
 
     def _checked_draft(

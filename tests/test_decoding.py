@@ -280,6 +280,16 @@ def test_bfloat16_follows_the_library():
             )
 
 
+@pytest.mark.parametrize("value", [3e38, float("nan"), float("inf")])
+def test_large_values_are_no_broken_camera(policy_and_batch, value):
+    model, inputs, _ = policy_and_batch
+    pixels = inputs["pixel_values"].clone()
+    pixels[0, 0, 0, :2] = value
+    expected = (FloatingPointError, "logits") if np.isfinite(value) else (ValueError, "`pixel_values` hold NaN")
+    with pytest.raises(expected[0], match=expected[1]):
+        model.predict_action(**inputs | {"pixel_values": pixels})
+
+
 def test_adapters_are_called():
     model, processor = make()
     inputs = make_batch(processor)
