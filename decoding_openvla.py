@@ -1,6 +1,7 @@
 # Copyright 2026 The OpenVLA repository authors. Licensed under the Apache License, Version 2.0.
 """How the action tokens are decoded from the language model."""
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -513,6 +514,7 @@ class ActionGraph:
         self._logits = torch.zeros(*self._guess.shape, config.n_action_bins, dtype=weight.dtype, device=device)
         self._decoder: TokenDecoder | None = None
         self._parts: list[Callable[[], None]] = [self._begin, self._go_on]
+        self._lock = threading.Lock()  # all actions are in the same tensors
 
     @property
     def num_tokens(self) -> int:
@@ -542,15 +544,16 @@ class ActionGraph:
             inputs (`dict[str, torch.Tensor]`): Of the shapes of those that this was made with.
             draft (`torch.Tensor`): (B, N), action tokens that may be right.
         """
-        for name, value in inputs.items():
-            self.inputs[name].copy_(value)
-        self._guess.copy_(draft)
         begin, go_on = self._parts
-        begin()
-        while not torch.equal(self._guess[:, :-1], self._token_ids[:, :-1]):
-            go_on()
-        check_finite(self._logits)
-        return self._token_ids.clone(), self._logits.clone()
+        with self._lock:
+            for name, value in inputs.items():
+                self.inputs[name].copy_(value)
+            self._guess.copy_(draft)
+            begin()
+            while not torch.equal(self._guess[:, :-1], self._token_ids[:, :-1]):
+                go_on()
+            check_finite(self._logits)
+            return self._token_ids.clone(), self._logits.clone()
 
     def _begin(self) -> None:
         """Read the prompt and the guess."""
@@ -563,8 +566,9 @@ class ActionGraph:
     def _go_on(self) -> None:
         """Read the tokens that came out in the place of the guess; the first is right and needs none."""
         self._guess.copy_(self._token_ids)
-        self._decoder.forget(self.num_tokens - 1)
-        self._keep(self._decoder.read(self._guess[:, :-1], self.num_tokens - 1))
+        if self.num_tokens > 1:
+            self._decoder.forget(self.num_tokens - 1)
+            self._keep(self._decoder.read(self._guess[:, :-1], self.num_tokens - 1))
 
     def _keep(self, logits: torch.Tensor) -> None:
         """Take the last logits, (B, 1..N, n_action_bins), and the tokens that they stand for."""

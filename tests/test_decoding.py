@@ -1,8 +1,12 @@
 # Copyright 2026 The OpenVLA repository authors. Licensed under the Apache License, Version 2.0.
 """How action tokens are decoded: every way gives the tokens of the plain loop, and says what it accepted."""
 
+import copy
 import logging
+import pickle
 import sys
+import threading
+import time
 from contextlib import contextmanager
 from itertools import pairwise
 
@@ -10,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from test_action_heads import CAUSAL, KINDS, TEXT, make_policy, noise_image
+from test_action_heads import CAUSAL, KINDS, TEXT, make_policy, noise_image, statistics
 from torch import nn
 from transformers import StaticCache
 
@@ -354,6 +358,76 @@ class TestActionGraph:
             assert not torch.equal(changed.token_ids, expected.token_ids)
         assert replayed == []
         assert model._action_graphs == {}
+
+    def test_is_left_alone_where_what_it_reads_has_changed(self, prepared):
+        model, inputs, expected = prepared
+        with counted_graphs(model) as replayed:
+            with torch.autocast("cpu", torch.bfloat16):
+                model.predict_action(**inputs)
+            assert model._action_graphs
+            rotary = model.get_decoder().rotary_emb
+            rotary.inv_freq = rotary.inv_freq.clone()
+            assert torch.equal(model.predict_action(**inputs, return_dict=True).token_ids, expected.token_ids)
+        assert replayed == []
+        assert model._action_graphs == {}
+
+    def test_copies_have_none(self, prepared):
+        model, inputs, expected = prepared
+        copies = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+        assert model._action_graphs
+        for each in copies:
+            assert each._action_graphs == {}
+            assert torch.equal(each.predict_action(**inputs, return_dict=True).token_ids, expected.token_ids)
+
+    def test_threads_wait_for_each_other(self, prepared):
+        model, inputs, expected = prepared
+        inside = []
+
+        def slowly(begin):
+            def run():
+                inside.append(1)
+                time.sleep(0.05)
+                begin()
+                assert len(inside) == 1
+                inside.clear()
+
+            return run
+
+        for graph in model._action_graphs.values():
+            graph._parts[0] = slowly(graph._parts[0])
+        outputs = {}
+
+        def act(row):
+            single = {name: value[row : row + 1] for name, value in inputs.items()}
+            outputs[row] = model.predict_action(**single, return_dict=True).token_ids[0]
+
+        threads = [threading.Thread(target=act, args=(row,)) for row in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert torch.equal(torch.stack([outputs[row] for row in range(3)]), expected.token_ids)
+
+    @torch.no_grad()
+    def test_single_token(self):
+        known = statistics()["tabletop"]["action"]
+        stats = {"one": {"action": {name: values[:1] for name, values in known.items()}}}
+        model, processor = make(norm_stats=stats)
+        inputs = make_batch(processor)
+        expected = plain_tokens(model, inputs, 1)
+        assert torch.equal(model.predict_action(**inputs, return_dict=True).token_ids, expected)
+        graph = model._make_graph(3, inputs["input_ids"].shape[1] + model.num_image_tokens)
+        model._action_graphs = {tuple(graph.inputs["input_ids"].shape): graph}
+        model._recorded_weights = model._weight_addresses()
+        assert torch.equal(model.predict_action(**inputs, return_dict=True).token_ids, expected)
+        graph._go_on()  # which `record` runs, too
+        assert torch.equal(graph._token_ids, expected)
+
+    def test_adapters_are_not_recorded(self):
+        model, _ = make()
+        assert "'cpu'" in model._why_no_graphs()
+        adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["fc2"])).base_model.model
+        assert "adapters" in adapted._why_no_graphs()
 
     def test_warm_up_says_why_not(self, policy_and_batch, caplog):
         model, inputs, expected = policy_and_batch
