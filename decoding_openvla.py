@@ -1,6 +1,7 @@
 # Copyright 2026 The OpenVLA repository authors. Licensed under the Apache License, Version 2.0.
 """How the action tokens are decoded from the language model."""
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -70,10 +71,10 @@ def action_logits_function(head: nn.Module, config: OpenVLAConfig) -> Callable[[
     the ids.
 
     Only a plain linear layer that holds its weight can be restricted to the rows of the action tokens; a wrapped,
-    quantised or offloaded one computes all rows.
+    quantised, hooked or offloaded one computes all rows.
     """
     rows = slice(config.action_token_begin, config.action_token_end)
-    if type(head) is not nn.Linear or hasattr(head, "_hf_hook"):
+    if type(head) is not nn.Linear or _has_hooks(head):
         return lambda hidden: head(hidden)[..., rows]
     bias = None if head.bias is None else head.bias[rows]
     return lambda hidden: nn.functional.linear(hidden, head.weight[rows], bias)
@@ -243,14 +244,15 @@ class _LayerFunctions:
 
 
 # Layers that are what `StaticReader` takes them for, and rotary embeddings that do not depend on the length so far.
+_LLAMA = "transformers.models.llama.modeling_llama"
 _LLAMA_PARTS = ("LlamaDecoderLayer", "LlamaAttention", "LlamaMLP")
 _STATIC_ROPE_TYPES = ("default", "linear", "llama3")
 
 
 def why_not_static(decoder: nn.Module, device: torch.device) -> str | None:
     """What keeps a language model without its head from [`StaticReader`] on a device; `None`: nothing does."""
-    if type(decoder).__name__ != "LlamaModel":
-        return f"the language model is a {type(decoder).__name__} and not a LlamaModel"
+    if _kind_of(decoder) != "LlamaModel":
+        return f"the language model is a {_kind_of(decoder)} and not a LlamaModel"
     if decoder.config._attn_implementation != "sdpa":
         return f"the attention implementation is {decoder.config._attn_implementation!r} and not 'sdpa'"
     if decoder.rotary_emb.rope_type not in _STATIC_ROPE_TYPES:
@@ -258,7 +260,7 @@ def why_not_static(decoder: nn.Module, device: torch.device) -> str | None:
     if torch.is_autocast_enabled(device.type):
         return "autocast is on"
     for layer in decoder.layers:
-        kinds = tuple(type(part).__name__ for part in (layer, layer.self_attn, layer.mlp))
+        kinds = tuple(_kind_of(part) for part in (layer, layer.self_attn, layer.mlp))
         if kinds != _LLAMA_PARTS:
             return f"a layer is made of {kinds} and not of {_LLAMA_PARTS}"
     if decoder.training and decoder.config.attention_dropout:
@@ -268,10 +270,24 @@ def why_not_static(decoder: nn.Module, device: torch.device) -> str | None:
     return None
 
 
+def _kind_of(module: nn.Module) -> str:
+    """Name of the module's class; where its code is not that of the library's Llama, with the module that has it."""
+    name, source = type(module).__name__, type(module).forward.__module__
+    return name if source == _LLAMA else f"{name} of {source}"
+
+
 def _has_hooks(module: nn.Module) -> bool:
-    """Whether calling `module` does something beside what its class does."""
-    is_hooked = module._forward_hooks or module._forward_pre_hooks or module._compiled_call_impl is not None
-    return bool(is_hooked) or "forward" in module.__dict__
+    """
+    Whether calling `module` does something beside what its class does.
+
+    What the library leaves in its layers once hidden states were asked for does not: transformers 5 hooks that record
+    nothing, 4.57 the class's own `forward`.
+    """
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    is_hooked = any(getattr(hook, "__module__", None) != "transformers.utils.output_capturing" for hook in hooks)
+    forward = module.__dict__.get("forward")
+    is_patched = forward is not None and getattr(forward, "__func__", None) is not type(module).forward
+    return is_hooked or is_patched or module._compiled_call_impl is not None
 
 
 def _as_function(module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -279,7 +295,7 @@ def _as_function(module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
     if type(module) is nn.Linear:
         weight, bias = module.weight, module.bias
         return lambda values: nn.functional.linear(values, weight, bias)
-    if type(module).__name__ == "LlamaRMSNorm" and module.weight.dtype == torch.float32:
+    if _kind_of(module) == "LlamaRMSNorm" and module.weight.dtype == torch.float32:
         weight, eps = module.weight, module.variance_epsilon
 
         def normalize(values: torch.Tensor) -> torch.Tensor:
@@ -361,16 +377,21 @@ class TokenDecoder:
             num_outputs (`int`, defaults to 1): Positions.
 
         Returns:
-            `torch.Tensor`: (B, num_outputs, num_action_tokens), in the order of the ids.
+            `torch.Tensor`: (B, num_outputs, num_action_tokens), in the order of the ids, on the prompt's device.
         """
         embeddings = self._embed(token_ids)  # (B, S, H)
         if self._prompt is not None:
             embeddings, self._prompt = torch.cat([self._prompt, embeddings], dim=1), None
-        return self._to_action_logits(self._reader.read(embeddings, num_outputs))
+        logits = self._to_action_logits(self._reader.read(embeddings, num_outputs))
+        return logits.to(self.device)  # a model on several devices has its head on the last one
 
     def forget(self, num_tokens: int) -> None:
         """Take back the last tokens that were read."""
         self._reader.forget(num_tokens)
+
+
+# Tokens that are guessed at once: more would take longer to read than one, and those far behind an error are wrong.
+_MAX_GUESSED = 16
 
 
 def decode_action_tokens(
@@ -393,7 +414,7 @@ def decode_action_tokens(
         num_tokens (`int`): Tokens to decode.
         sampling (`SamplingParams`): Greedy or sampled.
         draft (`torch.Tensor`, *optional*): Action tokens that may be right, (B, num_tokens), for greedy decoding. A
-            single row without one is verified from a guess.
+            single row of few tokens without one is verified from a guess.
 
     Returns:
         `tuple`: Token ids (B, num_tokens), and the logits of the action tokens they were chosen from, in the order of
@@ -403,7 +424,7 @@ def decode_action_tokens(
         FloatingPointError: If logits are not finite.
     """
     decoder = TokenDecoder(language_model, config, inputs_embeds, attention_mask, num_tokens)
-    if draft is None and len(inputs_embeds) == 1 and not sampling.do_sample:
+    if draft is None and len(inputs_embeds) == 1 and num_tokens <= _MAX_GUESSED and not sampling.do_sample:
         # In a batch the row with the worst guess decides, and reading all tokens is no longer cheap.
         draft = guess_tokens(config, 1, num_tokens, inputs_embeds.device)
     if draft is not None and decoder.can_forget:
@@ -431,20 +452,21 @@ def _verify(decoder: TokenDecoder, config: OpenVLAConfig, draft: torch.Tensor) -
     What greedy decoding gives, by reading a guess of all tokens at once, (B, N).
 
     What follows a prefix of right tokens is right: each pass makes the first wrong guess of every row right, and a
-    new guess of those behind it, which are read again (Jacobi's method). There are never more passes than tokens.
+    new guess of those behind it, of which the next ones are read again (Jacobi's method). There are never more passes
+    than tokens.
     """
-    num_tokens = draft.shape[1]
-    guess = draft
-    logits = decoder.read(guess[:, :-1], num_tokens)  # (B, N, n_action_bins)
+    guess, last = draft, draft.shape[1] - 1
+    num_read = last
+    logits = decoder.read(guess[:, :num_read], last + 1)  # (B, N, n_action_bins)
     while True:
         token_ids = logits.argmax(dim=-1) + config.action_token_begin  # (B, N)
-        num_right = int(count_right(guess, token_ids).min())  # of the tokens that every row has read
-        num_wrong = num_tokens - 1 - num_right
-        if num_wrong <= 0:
+        num_right = int(count_right(guess[:, :num_read], token_ids[:, :num_read]).min())
+        if num_right == last:
             return token_ids, logits
-        decoder.forget(num_wrong)
-        guess = token_ids
-        logits = torch.cat([logits[:, : num_right + 1], decoder.read(guess[:, num_right:-1], num_wrong)], dim=1)
+        decoder.forget(num_read - num_right)
+        guess, num_read = token_ids, min(num_right + _MAX_GUESSED, last)
+        again = decoder.read(guess[:, num_right:num_read], num_read - num_right)
+        logits = torch.cat([logits[:, : num_right + 1], again, logits[:, num_read + 1 :]], dim=1)
 
 
 def guess_tokens(config: OpenVLAConfig, batch_size: int, num_tokens: int, device: torch.device) -> torch.Tensor:
@@ -492,6 +514,7 @@ class ActionGraph:
         self._logits = torch.zeros(*self._guess.shape, config.n_action_bins, dtype=weight.dtype, device=device)
         self._decoder: TokenDecoder | None = None
         self._parts: list[Callable[[], None]] = [self._begin, self._go_on]
+        self._lock = threading.Lock()  # all actions are in the same tensors
 
     @property
     def num_tokens(self) -> int:
@@ -521,15 +544,16 @@ class ActionGraph:
             inputs (`dict[str, torch.Tensor]`): Of the shapes of those that this was made with.
             draft (`torch.Tensor`): (B, N), action tokens that may be right.
         """
-        for name, value in inputs.items():
-            self.inputs[name].copy_(value)
-        self._guess.copy_(draft)
         begin, go_on = self._parts
-        begin()
-        while not torch.equal(self._guess[:, :-1], self._token_ids[:, :-1]):
-            go_on()
-        check_finite(self._logits)
-        return self._token_ids.clone(), self._logits.clone()
+        with self._lock:
+            for name, value in inputs.items():
+                self.inputs[name].copy_(value)
+            self._guess.copy_(draft)
+            begin()
+            while not torch.equal(self._guess[:, :-1], self._token_ids[:, :-1]):
+                go_on()
+            check_finite(self._logits)
+            return self._token_ids.clone(), self._logits.clone()
 
     def _begin(self) -> None:
         """Read the prompt and the guess."""
@@ -542,8 +566,9 @@ class ActionGraph:
     def _go_on(self) -> None:
         """Read the tokens that came out in the place of the guess; the first is right and needs none."""
         self._guess.copy_(self._token_ids)
-        self._decoder.forget(self.num_tokens - 1)
-        self._keep(self._decoder.read(self._guess[:, :-1], self.num_tokens - 1))
+        if self.num_tokens > 1:
+            self._decoder.forget(self.num_tokens - 1)
+            self._keep(self._decoder.read(self._guess[:, :-1], self.num_tokens - 1))
 
     def _keep(self, logits: torch.Tensor) -> None:
         """Take the last logits, (B, 1..N, n_action_bins), and the tokens that they stand for."""

@@ -732,7 +732,9 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
 
         A prompt takes the shortest graph that it fits in, a longer one none. Recorded is what the model is now: call
         this again when it was moved, or its weights were replaced and not changed in place; until then actions are
-        decoded as without it. Experimental: it has never run on a GPU, and is tested without the recording.
+        decoded as without it, as they are under autocast. Hooks that are registered later are not called. Each graph
+        holds the memory of an action, and copies of the model have none. Experimental: it has never run on a GPU, and
+        is tested without the recording.
 
         Args:
             batch_sizes (`Sequence[int]`, defaults to `(1,)`): Batches to come.
@@ -770,6 +772,8 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
             return "the actions of its datasets differ in dimension"
         if any(type(parameter) is not nn.Parameter for parameter in self.parameters()):
             return "its weights are quantised"
+        if any(hasattr(module, "base_layer") for module in self.modules()):
+            return "it has adapters, which can be merged or turned off later: merge them before"
         if self.device.type != "cuda":
             return f"the model is on {self.device.type!r} and not on 'cuda'"
         return why_not_static(self.get_decoder(), self.device)
@@ -819,7 +823,7 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
 
     def _find_graph(self, batch_size: int, length: int, num_tokens: int) -> ActionGraph | None:
         """The shortest recorded action for such prompts, if what was recorded is still there."""
-        if not self._action_graphs:
+        if not self._action_graphs or torch.is_autocast_enabled(self.device.type):
             return None
         if self._recorded_weights != self._weight_addresses():
             logger.warning("The model was moved or changed: call `warm_up` again. Actions are decoded without it.")
@@ -833,7 +837,11 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         return min(fitting, key=lambda pair: pair[0])[1] if fitting else None
 
     def _weight_addresses(self) -> list[int]:
-        return [parameter.data_ptr() for parameter in self.parameters()]
+        return [tensor.data_ptr() for tensor in (*self.parameters(), *self.buffers())]
+
+    def __getstate__(self) -> dict:
+        """Without recorded actions: a copy of the model has other weights, and no file can hold a CUDA graph."""
+        return {**self.__dict__, "_action_graphs": {}, "_recorded_weights": []}
 
     def check_attention(self) -> None:
         """
@@ -895,7 +903,9 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
             raise ValueError("`predict_action` needs a cache, which gradient checkpointing turns off: call `eval()`.")
         for name, values in observation.items():
             # A sum is not finite where a value is not, and takes a twentieth of the time of looking at each.
-            if values is not None and not torch.isfinite(values.sum(dtype=torch.float32)):
+            if values is None or torch.isfinite(values.sum(dtype=torch.float32)):
+                continue
+            if not torch.isfinite(values).all():  # and not the sum alone, which large values may overflow
                 raise ValueError(f"`{name}` hold NaN or infinite values; the camera or the sensor is broken.")
 
     def _checked_draft(

@@ -1,8 +1,12 @@
 # Copyright 2026 The OpenVLA repository authors. Licensed under the Apache License, Version 2.0.
 """How action tokens are decoded: every way gives the tokens of the plain loop, and says what it accepted."""
 
+import copy
 import logging
+import pickle
 import sys
+import threading
+import time
 from contextlib import contextmanager
 from itertools import pairwise
 
@@ -10,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from test_action_heads import CAUSAL, KINDS, TEXT, make_policy, noise_image
+from test_action_heads import CAUSAL, KINDS, TEXT, make_policy, noise_image, statistics
 from torch import nn
 from transformers import StaticCache
 
@@ -147,6 +151,19 @@ class TestDraft:
         with pytest.raises(ValueError, match="`attention_mode='bidirectional'`"):
             parallel.predict_action(**make_batch(processor, 1), draft_token_ids=torch.zeros(1, 21).long())
 
+    def test_many_tokens_are_read_again_a_few_at_a_time(self):
+        model, processor = make(chunk_size=4)
+        inputs = make_batch(processor, 1)
+        expected = plain_tokens(model, inputs, 28)
+        draft = expected.clone()
+        draft[0, 3:] = model.config.action_token_begin
+        for tokens, first in ((None, 0), (draft, 27)):
+            with counted_passes(model) as passes:
+                output = model.predict_action(**inputs, draft_token_ids=tokens, return_dict=True)
+            assert torch.equal(output.token_ids, expected)
+            assert passes[0] == first
+            assert max(passes[1:]) <= (16 if first else 1)
+
     def test_single_row_is_verified_from_a_guess(self, policy_and_batch):
         model, inputs, expected = policy_and_batch
         single = {name: value[1:2] for name, value in inputs.items()}  # the longest text, which is not padded
@@ -184,6 +201,52 @@ class TestOtherLanguageModels:
         self.check(model, inputs, expected, "hooks")
         assert len(calls) == 14
 
+    def test_hidden_states_that_were_asked_for_once(self, policy_and_batch):
+        _, inputs, expected = policy_and_batch
+        model, _ = make()
+        model(**inputs, output_hidden_states=True)
+        assert decoding_of(model).why_not_static(model.get_decoder(), torch.device("cpu")) is None
+        assert torch.equal(model.predict_action(**inputs, return_dict=True).token_ids, expected)
+
+    @pytest.mark.parametrize("part", ["", "layers.0", "layers.0.self_attn", "layers.0.mlp"])
+    def test_class_whose_forward_was_replaced(self, policy_and_batch, monkeypatch, part):
+        _, inputs, expected = policy_and_batch
+        model, _ = make()
+        kind = type(model.get_decoder().get_submodule(part))
+        forward, calls = kind.forward, []
+
+        def patched(self, *args, **kwargs):
+            calls.append(1)
+            return forward(self, *args, **kwargs)
+
+        monkeypatch.setattr(kind, "forward", patched)
+        self.check(model, inputs, expected, f"{kind.__name__} of test_decoding")
+        assert calls
+
+    def test_hook_of_the_head_is_called(self, policy_and_batch):
+        _, inputs, expected = policy_and_batch
+        model, _ = make()
+        model.get_output_embeddings().register_forward_hook(lambda _, __, logits: -logits)
+        assert not torch.equal(model.predict_action(**inputs, return_dict=True).token_ids, expected)
+
+    def test_head_on_another_device(self, policy_and_batch, monkeypatch):
+        model, inputs, expected = policy_and_batch
+        decoding, moves = decoding_of(model), []
+        original = decoding.action_logits_function
+
+        class Elsewhere(torch.Tensor):
+            def to(self, device):
+                moves.append(device)
+                return self.as_subclass(torch.Tensor)
+
+        def function(head, config):
+            return lambda hidden: original(head, config)(hidden).as_subclass(Elsewhere)
+
+        monkeypatch.setattr(decoding, "action_logits_function", function)
+        tokens = model.predict_action(**inputs, return_dict=True).token_ids
+        assert torch.equal(tokens, expected)
+        assert moves == [inputs["input_ids"].device] * 7
+
     def test_rotary_embedding_that_changes(self):
         rope = {"rope_type": "dynamic", "factor": 2.0}
         model, processor = make(text_config=TEXT | {"model_type": "llama", "rope_scaling": rope})
@@ -202,10 +265,10 @@ class TestOtherLanguageModels:
             logger.addHandler(caplog.handler)
             model.predict_action(**make_batch(processor, 1), draft_token_ids=torch.zeros(1, 7).long())
             logger.removeHandler(caplog.handler)
-        assert "Qwen3Model and not a LlamaModel" in caplog.text
+        assert "modeling_qwen3 and not a LlamaModel" in caplog.text
 
 
-def test_bfloat16_follows_the_library(policy_and_batch):
+def test_bfloat16_follows_the_library():
     """It rounds where the library rounds: the hidden states of both readers are the same."""
     model, _ = make()
     model.to(torch.bfloat16)
@@ -216,9 +279,19 @@ def test_bfloat16_follows_the_library(policy_and_batch):
     library = decoding.LibraryReader(model.get_decoder(), mask)
     with torch.no_grad():
         for length in (9, 1):
-            torch.testing.assert_close(
-                static.read(embeddings[:, :length]), library.read(embeddings[:, :length]), atol=2e-2, rtol=2e-2
+            assert torch.equal(
+                static.read(embeddings[:, :length], length), library.read(embeddings[:, :length], length)
             )
+
+
+@pytest.mark.parametrize("value", [3e38, float("nan"), float("inf")])
+def test_large_values_are_no_broken_camera(policy_and_batch, value):
+    model, inputs, _ = policy_and_batch
+    pixels = inputs["pixel_values"].clone()
+    pixels[0, 0, 0, :2] = value
+    expected = (FloatingPointError, "logits") if np.isfinite(value) else (ValueError, "`pixel_values` hold NaN")
+    with pytest.raises(expected[0], match=expected[1]):
+        model.predict_action(**inputs | {"pixel_values": pixels})
 
 
 def test_adapters_are_called():
@@ -285,6 +358,76 @@ class TestActionGraph:
             assert not torch.equal(changed.token_ids, expected.token_ids)
         assert replayed == []
         assert model._action_graphs == {}
+
+    def test_is_left_alone_where_what_it_reads_has_changed(self, prepared):
+        model, inputs, expected = prepared
+        with counted_graphs(model) as replayed:
+            with torch.autocast("cpu", torch.bfloat16):
+                model.predict_action(**inputs)
+            assert model._action_graphs
+            rotary = model.get_decoder().rotary_emb
+            rotary.inv_freq = rotary.inv_freq.clone()
+            assert torch.equal(model.predict_action(**inputs, return_dict=True).token_ids, expected.token_ids)
+        assert replayed == []
+        assert model._action_graphs == {}
+
+    def test_copies_have_none(self, prepared):
+        model, inputs, expected = prepared
+        copies = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+        assert model._action_graphs
+        for each in copies:
+            assert each._action_graphs == {}
+            assert torch.equal(each.predict_action(**inputs, return_dict=True).token_ids, expected.token_ids)
+
+    def test_threads_wait_for_each_other(self, prepared):
+        model, inputs, expected = prepared
+        inside = []
+
+        def slowly(begin):
+            def run():
+                inside.append(1)
+                time.sleep(0.05)
+                begin()
+                assert len(inside) == 1
+                inside.clear()
+
+            return run
+
+        for graph in model._action_graphs.values():
+            graph._parts[0] = slowly(graph._parts[0])
+        outputs = {}
+
+        def act(row):
+            single = {name: value[row : row + 1] for name, value in inputs.items()}
+            outputs[row] = model.predict_action(**single, return_dict=True).token_ids[0]
+
+        threads = [threading.Thread(target=act, args=(row,)) for row in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert torch.equal(torch.stack([outputs[row] for row in range(3)]), expected.token_ids)
+
+    @torch.no_grad()
+    def test_single_token(self):
+        known = statistics()["tabletop"]["action"]
+        stats = {"one": {"action": {name: values[:1] for name, values in known.items()}}}
+        model, processor = make(norm_stats=stats)
+        inputs = make_batch(processor)
+        expected = plain_tokens(model, inputs, 1)
+        assert torch.equal(model.predict_action(**inputs, return_dict=True).token_ids, expected)
+        graph = model._make_graph(3, inputs["input_ids"].shape[1] + model.num_image_tokens)
+        model._action_graphs = {tuple(graph.inputs["input_ids"].shape): graph}
+        model._recorded_weights = model._weight_addresses()
+        assert torch.equal(model.predict_action(**inputs, return_dict=True).token_ids, expected)
+        graph._go_on()  # which `record` runs, too
+        assert torch.equal(graph._token_ids, expected)
+
+    def test_adapters_are_not_recorded(self):
+        model, _ = make()
+        assert "'cpu'" in model._why_no_graphs()
+        adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["fc2"])).base_model.model
+        assert "adapters" in adapted._why_no_graphs()
 
     def test_warm_up_says_why_not(self, policy_and_batch, caplog):
         model, inputs, expected = policy_and_batch
