@@ -133,7 +133,8 @@ def main() -> None:
     parser.add_argument("--episodes", type=int, required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--hold_out", nargs="+", default=[], help="as `python -m tabletop.record` takes it")
+    for name in ("--tasks", "--objects", "--hold_out"):
+        parser.add_argument(name, nargs="+", help="as `python -m tabletop.record` takes them")
     parser.add_argument("--unnorm_key", help="statistics that scale the actions")
     parser.add_argument("--dtype", default="auto", help="of the weights: `auto` (as saved), `float32`, `bfloat16`")
     parser.add_argument("--expert_share", type=float, default=0.2, help="of the steps that the expert takes")
@@ -146,8 +147,8 @@ def main() -> None:
             episodes=arguments.episodes,
             seed=arguments.seed,
             image_size=policy.image_size,
-            hold_out=tuple(arguments.hold_out),
             cameras=policy.cameras,
+            **{name: tuple(chosen) for name in ("tasks", "objects", "hold_out") if (chosen := getattr(arguments, name))},
         )
         options = {name: getattr(arguments, name) for name in ("expert_share", "max_steps", "num_envs")}
         outcomes = record_corrections(policy, recording, arguments.output, **options)
