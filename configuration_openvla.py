@@ -368,14 +368,12 @@ class OpenVLAConfig(PretrainedConfig):
         self.attention_mode = attention_mode
         self.chunk_size = chunk_size
         self.action_dim = action_dim
-        self.use_proprio = use_proprio
-        self.proprio_dim = proprio_dim
+        self.use_proprio, self.proprio_dim = use_proprio, proprio_dim
         self.num_images = num_images
         self.use_film = use_film
         self.embodiments, self.embodiment_adapter_dim = embodiments, embodiment_adapter_dim
         self.append_stop_token = append_stop_token
-        self.fast_scale = fast_scale
-        self.fast_min_token = fast_min_token
+        self.fast_scale, self.fast_min_token = fast_scale, fast_min_token
         self.fast_vocab_size = fast_vocab_size
         self.diffusion_steps, self.num_inference_steps = diffusion_steps, num_inference_steps
         self.pad_to_multiple_of = pad_to_multiple_of

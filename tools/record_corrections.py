@@ -142,13 +142,14 @@ def main() -> None:
     parser.add_argument("--num_envs", type=int, default=32)
     arguments = parser.parse_args()
     policy = ModelPolicy(*load_policy(arguments.policy, dtype=arguments.dtype), arguments.unnorm_key)
+    chosen = {name: getattr(arguments, name) for name in ("tasks", "objects", "hold_out")}
     try:
         recording = Recording(
             episodes=arguments.episodes,
             seed=arguments.seed,
             image_size=policy.image_size,
             cameras=policy.cameras,
-            **{name: tuple(chosen) for name in ("tasks", "objects", "hold_out") if (chosen := getattr(arguments, name))},
+            **{name: tuple(values) for name, values in chosen.items() if values},
         )
         options = {name: getattr(arguments, name) for name in ("expert_share", "max_steps", "num_envs")}
         outcomes = record_corrections(policy, recording, arguments.output, **options)
