@@ -67,12 +67,14 @@ def test_few_shot(tmp_path, monkeypatch, commands):
     flags += ["--demonstrations", "0", "10", "--rollouts", "4", "--max_steps", "3"]
     monkeypatch.setattr(sys, "argv", ["few_shot.py", *flags])
     few_shot.main()
-    (recorded,) = commands.recorded
-    assert (recorded.episodes, recorded.objects, recorded.image_size) == (10, list(HELD_OUT), 112)
+    known, new = commands.recorded
+    assert (new.objects, known.objects, known.hold_out) == (list(HELD_OUT), None, list(HELD_OUT))
+    assert {(each.episodes, each.image_size, each.nudges) for each in (known, new)} == {(10, 112, 0.25)}
+    assert known.seed != new.seed
     ((model, data, training),) = commands.trained
     assert model.use_peft
     assert training.max_steps == 3
-    assert data.dataset == [recorded.output]
+    assert data.dataset == [known.output, new.output]
     assert Path(data.statistics) == TINY_POLICY / "dataset_statistics.json"
     targets = [parsed.env_arguments for parsed in commands.evaluated]
     assert targets == [{"hold_out": list(HELD_OUT)}, {"objects": list(HELD_OUT)}] * 2
@@ -83,7 +85,7 @@ def test_few_shot(tmp_path, monkeypatch, commands):
     assert runs["0"]["training_seconds"] == 0.0
     assert output.with_suffix(".png").stat().st_size
     few_shot.main()  # nothing is made again
-    assert len(commands.recorded) == len(commands.trained) == 1
+    assert (len(commands.recorded), len(commands.trained)) == (2, 1)
     monkeypatch.setattr(sys, "argv", ["few_shot.py", *flags[:-1], "4"])
     with pytest.raises(ValueError, match="choose another --folder"):
         few_shot.main()
