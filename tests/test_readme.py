@@ -127,6 +127,7 @@ def test_remote_code_imports_nothing_else(path):
         "json",
         "pathlib",
         "shutil",
+        "threading",
         "typing",
         "numpy",
         "torch",
