@@ -2,7 +2,7 @@
 """How the action tokens are decoded from the language model."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -493,7 +493,8 @@ class ActionGraph:
         language_model (`nn.Module`): A causal language model that [`why_not_static`] has nothing to say of.
         config (`OpenVLAConfig`): Names the action tokens.
         embed (`Callable`): From `inputs` to the embeddings of the prompt, (B, T, H), without a look at a value.
-        inputs (`dict[str, torch.Tensor]`): Of the shapes to come; `attention_mask` (B, T) is one of them.
+        inputs (`dict[str, torch.Tensor]`): Of the shapes to come; `input_ids` and `attention_mask` (B, T) are two of
+            them.
         num_tokens (`int`): Tokens to decode.
     """
 
@@ -517,23 +518,33 @@ class ActionGraph:
         self._lock = threading.Lock()  # all actions are in the same tensors
 
     @property
+    def batch_size(self) -> int:
+        return len(self._guess)
+
+    @property
+    def length(self) -> int:
+        """Positions of the prompt, padding included."""
+        return self.inputs["input_ids"].shape[1]
+
+    @property
     def num_tokens(self) -> int:
         return self._guess.shape[1]
 
     def record(self) -> None:
         """Replace both parts by CUDA graphs of them."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
+        with torch.cuda.device(self._guess.device):
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(3):
+                    self._begin()
+                    self._go_on()
+            torch.cuda.current_stream().wait_stream(stream)
+            graphs = [torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()]
+            with torch.cuda.graph(graphs[0]):
                 self._begin()
+            with torch.cuda.graph(graphs[1], pool=graphs[0].pool()):
                 self._go_on()
-        torch.cuda.current_stream().wait_stream(stream)
-        graphs = [torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()]
-        with torch.cuda.graph(graphs[0]):
-            self._begin()
-        with torch.cuda.graph(graphs[1], pool=graphs[0].pool()):
-            self._go_on()
         self._parts = [graph.replay for graph in graphs]
 
     def __call__(self, inputs: dict[str, torch.Tensor], draft: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -541,13 +552,16 @@ class ActionGraph:
         Token ids (B, N) and logits (B, N, n_action_bins), as of [`decode_action_tokens`].
 
         Args:
-            inputs (`dict[str, torch.Tensor]`): Of the shapes of those that this was made with.
+            inputs (`dict[str, torch.Tensor]`): Of the shapes of those that this was made with; `input_ids` and
+                `attention_mask` may be shorter.
             draft (`torch.Tensor`): (B, N), action tokens that may be right.
         """
         begin, go_on = self._parts
+        missing = self.length - inputs["input_ids"].shape[1]
         with self._lock:
             for name, value in inputs.items():
-                self.inputs[name].copy_(value)
+                is_text = name in ("input_ids", "attention_mask")
+                self.inputs[name].copy_(nn.functional.pad(value, (missing, 0)) if is_text else value)
             self._guess.copy_(draft)
             begin()
             while not torch.equal(self._guess[:, :-1], self._token_ids[:, :-1]):
@@ -574,6 +588,37 @@ class ActionGraph:
         """Take the last logits, (B, 1..N, n_action_bins), and the tokens that they stand for."""
         self._logits[:, -logits.shape[1] :] = logits
         self._token_ids.copy_(self._logits.argmax(dim=-1) + self._config.action_token_begin)
+
+
+class RecordedActions:
+    """
+    Actions of fixed shapes, and the weights that they read.
+
+    Args:
+        model (`nn.Module`): The policy.
+        graphs (`Sequence[ActionGraph]`): Its actions, for different shapes.
+    """
+
+    def __init__(self, model: nn.Module, graphs: Sequence[ActionGraph]):
+        self._model, self.graphs = model, list(graphs)
+        self._addresses = self._weight_addresses()
+
+    @property
+    def is_outdated(self) -> bool:
+        """Whether the model was moved, or tensors of it replaced."""
+        return self._addresses != self._weight_addresses()
+
+    def find(self, batch_size: int, length: int, num_tokens: int) -> ActionGraph | None:
+        """The one with the least padding for prompts (B, T)."""
+        fitting = [
+            graph
+            for graph in self.graphs
+            if graph.batch_size == batch_size and graph.length >= length and graph.num_tokens == num_tokens
+        ]
+        return min(fitting, key=lambda graph: graph.length, default=None)
+
+    def _weight_addresses(self) -> list[int]:
+        return [tensor.data_ptr() for tensor in (*self._model.parameters(), *self._model.buffers())]
 
 
 def decode_fast_tokens(

@@ -52,6 +52,7 @@ from .configuration_openvla import (
 )
 from .decoding_openvla import (
     ActionGraph,
+    RecordedActions,
     SamplingParams,
     action_logits_function,
     bidirectional_arguments,
@@ -392,8 +393,7 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         self._fast_tokenizer: FastTokenizer | None = None
         self.num_image_tokens = config.num_image_tokens
         self._checked_attention: str | None = None
-        self._action_graphs: dict[tuple[int, int], ActionGraph] = {}  # by batch size and positions of the prompt
-        self._recorded_weights: list[int] = []
+        self._recorded: RecordedActions | None = None
         # FSDP on transformers 4.57 asks the top model alone what not to split.
         self._no_split_modules = [*self._no_split_modules, *(self.language_model._no_split_modules or ())]
         self.post_init()
@@ -743,22 +743,20 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         Returns:
             `int`: Graphs that were recorded; 0 where the log says why there are none.
         """
-        self._action_graphs, self._recorded_weights = {}, []
+        self._recorded = None
         reason = self._why_no_graphs()
         if reason is not None:
             logger.warning(f"No action is recorded, since {reason}: actions are decoded as without `warm_up`.")
             return 0
-        graphs = {}
-        for batch_size in batch_sizes:
-            for text_length in text_lengths:
-                graph = self._make_graph(batch_size, text_length + self.num_image_tokens)
-                try:
-                    graph.record()
-                except RuntimeError as error:
-                    logger.warning(f"No action is recorded, since the device refuses one: {error}")
-                    return 0
-                graphs[graph.inputs["input_ids"].shape] = graph
-        self._action_graphs, self._recorded_weights = graphs, self._weight_addresses()
+        lengths = [text_length + self.num_image_tokens for text_length in text_lengths]
+        graphs = [self._make_graph(batch_size, length) for batch_size in batch_sizes for length in lengths]
+        try:
+            for graph in graphs:
+                graph.record()
+        except RuntimeError as error:
+            logger.warning(f"No action is recorded, since the device refuses one: {error}")
+            return 0
+        self._recorded = RecordedActions(self, graphs)
         return len(graphs)
 
     def _why_no_graphs(self) -> str | None:
@@ -801,47 +799,19 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         num_tokens = config.chunk_size * self.get_action_dim(next(iter(self.norm_stats)))
         return ActionGraph(self.language_model, config, embed, inputs, num_tokens)
 
-    def _graph_inputs(
-        self,
-        graph: ActionGraph,
-        input_ids: torch.LongTensor,
-        attention_mask: torch.Tensor,
-        pixel_values: torch.FloatTensor,
-        proprio: torch.FloatTensor | None,
-    ) -> dict[str, torch.Tensor]:
-        """Inputs for a recorded action, with as much padding in front as it takes."""
-        missing = graph.inputs["input_ids"].shape[1] - input_ids.shape[1]
-        inputs = {
-            "input_ids": nn.functional.pad(input_ids, (missing, 0)),
-            "attention_mask": nn.functional.pad(attention_mask, (missing, 0)),
-            "pixel_values": pixel_values,
-        }
-        if proprio is not None:
-            _check_shape("proprio", proprio, tuple(graph.inputs["proprio"].shape))
-            inputs["proprio"] = proprio
-        return inputs
-
     def _find_graph(self, batch_size: int, length: int, num_tokens: int) -> ActionGraph | None:
         """The shortest recorded action for such prompts, if what was recorded is still there."""
-        if not self._action_graphs or torch.is_autocast_enabled(self.device.type):
+        if self._recorded is None or torch.is_autocast_enabled(self.device.type):
             return None
-        if self._recorded_weights != self._weight_addresses():
+        if self._recorded.is_outdated:
             logger.warning("The model was moved or changed: call `warm_up` again. Actions are decoded without it.")
-            self._action_graphs = {}
+            self._recorded = None
             return None
-        fitting = [
-            (known, graph)
-            for (size, known), graph in self._action_graphs.items()
-            if size == batch_size and known >= length and graph.num_tokens == num_tokens
-        ]
-        return min(fitting, key=lambda pair: pair[0])[1] if fitting else None
-
-    def _weight_addresses(self) -> list[int]:
-        return [tensor.data_ptr() for tensor in (*self.parameters(), *self.buffers())]
+        return self._recorded.find(batch_size, length, num_tokens)
 
     def __getstate__(self) -> dict:
         """Without recorded actions: a copy of the model has other weights, and no file can hold a CUDA graph."""
-        return {**self.__dict__, "_action_graphs": {}, "_recorded_weights": []}
+        return {**self.__dict__, "_recorded": None}
 
     def check_attention(self) -> None:
         """
@@ -887,9 +857,12 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         input_ids, attention_mask, _ = self._expand_image(input_ids, pixel_values, attention_mask)
         graph = self._find_graph(*input_ids.shape, num_values)
         if graph is not None and not sampling.do_sample and (proprio is not None) == self.config.use_proprio:
-            inputs = self._graph_inputs(graph, input_ids, attention_mask, pixel_values, proprio)
             guess = guess_tokens(self.config, len(input_ids), num_values, input_ids.device)
-            return graph(inputs, guess if draft is None else draft)
+            given = {"input_ids": input_ids, "attention_mask": attention_mask, "pixel_values": pixel_values}
+            if proprio is not None:
+                _check_shape("proprio", proprio, (len(input_ids), self.config.proprio_dim))
+                given["proprio"] = proprio
+            return graph(given, guess if draft is None else draft)
         features = self._observe(input_ids, attention_mask, None, pixel_values, proprio, embodiment)
         inputs_embeds = self._embed(input_ids, features)
         prompt = (self.language_model, self.config, inputs_embeds, attention_mask)

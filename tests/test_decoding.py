@@ -325,8 +325,7 @@ class TestActionGraph:
         length = inputs["input_ids"].shape[1] + model.num_image_tokens
         with torch.no_grad():
             graphs = [model._make_graph(*shape) for shape in ((3, length + 5), (3, length), (1, length + 5))]
-        model._action_graphs = {tuple(graph.inputs["input_ids"].shape): graph for graph in graphs}
-        model._recorded_weights = model._weight_addresses()
+        model._recorded = decoding_of(model).RecordedActions(model, graphs)
         return model, inputs, expected
 
     def test_gives_the_same_actions(self, prepared):
@@ -357,26 +356,26 @@ class TestActionGraph:
             changed = model.predict_action(**inputs, return_dict=True)
             assert not torch.equal(changed.token_ids, expected.token_ids)
         assert replayed == []
-        assert model._action_graphs == {}
+        assert model._recorded is None
 
     def test_is_left_alone_where_what_it_reads_has_changed(self, prepared):
         model, inputs, expected = prepared
         with counted_graphs(model) as replayed:
             with torch.autocast("cpu", torch.bfloat16):
                 model.predict_action(**inputs)
-            assert model._action_graphs
+            assert model._recorded is not None
             rotary = model.get_decoder().rotary_emb
             rotary.inv_freq = rotary.inv_freq.clone()
             assert torch.equal(model.predict_action(**inputs, return_dict=True).token_ids, expected.token_ids)
         assert replayed == []
-        assert model._action_graphs == {}
+        assert model._recorded is None
 
     def test_copies_have_none(self, prepared):
         model, inputs, expected = prepared
         copies = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
-        assert model._action_graphs
+        assert model._recorded is not None
         for each in copies:
-            assert each._action_graphs == {}
+            assert each._recorded is None
             assert torch.equal(each.predict_action(**inputs, return_dict=True).token_ids, expected.token_ids)
 
     def test_threads_wait_for_each_other(self, prepared):
@@ -393,7 +392,7 @@ class TestActionGraph:
 
             return run
 
-        for graph in model._action_graphs.values():
+        for graph in model._recorded.graphs:
             graph._parts[0] = slowly(graph._parts[0])
         outputs = {}
 
@@ -417,8 +416,7 @@ class TestActionGraph:
         expected = plain_tokens(model, inputs, 1)
         assert torch.equal(model.predict_action(**inputs, return_dict=True).token_ids, expected)
         graph = model._make_graph(3, inputs["input_ids"].shape[1] + model.num_image_tokens)
-        model._action_graphs = {tuple(graph.inputs["input_ids"].shape): graph}
-        model._recorded_weights = model._weight_addresses()
+        model._recorded = decoding_of(model).RecordedActions(model, [graph])
         assert torch.equal(model.predict_action(**inputs, return_dict=True).token_ids, expected)
         graph._go_on()  # which `record` runs, too
         assert torch.equal(graph._token_ids, expected)
