@@ -8,7 +8,7 @@ import numpy as np
 from evaluation.chunks import ChunkQueue, TemporalEnsemble
 from evaluation.policies import ChunkedPolicy, cameras_of
 
-from .client import PolicyClient
+from .client import PolicyClient, PolicyServerError
 
 
 class RemotePolicy(ChunkedPolicy):
@@ -63,7 +63,13 @@ class RemotePolicy(ChunkedPolicy):
     def predict_chunks(
         self, instructions: list[str], images: list[list[np.ndarray]], states: list[np.ndarray] | None = None
     ) -> np.ndarray:
-        """See [`ChunkedPolicy.predict_chunks`]."""
+        """
+        See [`ChunkedPolicy.predict_chunks`].
+
+        Raises:
+            ConnectionError: If the server refuses an observation, or fails.
+            TimeoutError: If it does not answer.
+        """
         observations = [
             {"instruction": instruction, **dict(zip(self.cameras, pictures, strict=True))}
             for instruction, pictures in zip(instructions, images, strict=True)
@@ -74,7 +80,10 @@ class RemotePolicy(ChunkedPolicy):
             self._clients.append(self._make_client())
         with ThreadPoolExecutor(len(observations)) as threads:
             answers = threads.map(PolicyClient.infer, self._clients, observations)
-            return np.stack([answer.actions for answer in answers])
+            try:
+                return np.stack([answer.actions for answer in answers])
+            except PolicyServerError as error:
+                raise ConnectionError(f"The policy server gives no action: {error}") from error
 
     def close(self) -> None:
         for client in self._clients:

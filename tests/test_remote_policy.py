@@ -82,6 +82,18 @@ def test_what_cannot_be_evaluated(server, capsys):
     assert "The policy server cannot be used: The token is missing or wrong" in capsys.readouterr().err
 
 
+class FailingPolicy(StubPolicy):
+    def predict(self, rows):
+        raise FloatingPointError("The logits are not finite.")
+
+
+def test_server_that_fails_in_a_rollout(capsys):
+    """One line, and no stack trace."""
+    with running(FailingPolicy()) as failing:
+        assert run("--policy", failing.url, "--unnorm_key", "narrow", "--episodes", 1, "--tasks", "pick") == 1
+    assert "error: The policy server gives no action: " in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_shipped_policy_succeeds_alike(tmp_path):
     """Episode by episode, the same outcome after as many steps."""
