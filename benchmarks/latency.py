@@ -37,6 +37,7 @@ from typing import Any
 
 import torch
 import transformers
+from arithmetic import linear_flops, vision_flops
 from plain_decoding import (
     CONFIGURATIONS,
     SMALL,
@@ -225,26 +226,16 @@ def action_flops(model: nn.Module, text_length: int, num_tokens: int) -> int:
     """
     Floating-point operations of the matrix products of one observation, with a draft that is right.
 
-    A product of (m, k) by (k, n) takes 2 m k n of them, attention of S queries to T keys 4 S T D, half of it where it
-    is causal.
+    Attention that is causal counts half.
     """
-    patches, config = model.config.num_image_tokens, model.config.text_config
-    flops = patches * _flops_per_token(model.projector)
-    for tower in model.vision_backbone.towers:
-        length, blocks = patches + tower.config.num_prefix_tokens, tower.blocks[: tower.config.num_used_blocks]
-        flops += patches * 2 * tower.patch_embed.proj.weight.numel()
-        flops += length * _flops_per_token(blocks) + len(blocks) * 4 * length**2 * tower.config.embed_dim
-    tokens = patches + text_length + num_tokens - 1
+    config, flops = model.config.text_config, vision_flops(model)
+    tokens = model.config.num_image_tokens + text_length + num_tokens - 1
     *layers, last = model.get_decoder().layers
     width = config.num_attention_heads * config.head_dim
-    flops += sum(tokens * _flops_per_token(layer) + 2 * tokens**2 * width for layer in layers)
-    keys = _flops_per_token(last.self_attn.k_proj) + _flops_per_token(last.self_attn.v_proj)
-    flops += tokens * keys + num_tokens * (_flops_per_token(last) - keys + 4 * tokens * width)
+    flops += sum(tokens * linear_flops(layer) + 2 * tokens**2 * width for layer in layers)
+    keys = linear_flops(last.self_attn.k_proj) + linear_flops(last.self_attn.v_proj)
+    flops += tokens * keys + num_tokens * (linear_flops(last) - keys + 4 * tokens * width)
     return flops + num_tokens * 2 * config.hidden_size * model.config.n_action_bins
-
-
-def _flops_per_token(module: nn.Module) -> int:
-    return sum(2 * part.weight.numel() for part in module.modules() if isinstance(part, nn.Linear))
 
 
 # The published implementation

@@ -43,6 +43,7 @@ sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tools")]
 
 import torch  # noqa: E402
 import transformers  # noqa: E402
+from arithmetic import linear_flops, vision_flops  # noqa: E402
 from data import in_new_process  # noqa: E402
 from init_policy import LANGUAGE_MODEL, TOWERS  # noqa: E402
 from load_policy import repository_class  # noqa: E402
@@ -327,30 +328,19 @@ def forward_flops(model: nn.Module, setup: Setup, num_predicted: int) -> int:
     """
     Floating-point operations of the matrix products of one forward pass over the batch.
 
-    A product of (m, k) by (k, n) takes 2 m k n of them. So a linear layer takes twice its weights for each token, and
-    attention over T tokens 2 T^2 D each for scores and for values, masked or not (Kaplan et al. 2020, Scaling Laws
-    for Neural Language Models, section 2.1). What is not a product is left out.
+    A linear layer takes twice its weights for each token, and attention over T tokens 2 T^2 D each for scores and for
+    values, masked or not (Kaplan et al. 2020, Scaling Laws for Neural Language Models, section 2.1). What is not a
+    product is left out.
 
     Args:
         num_predicted (`int`): Positions of each row that the output head runs on.
     """
-    patches, config = model.num_image_tokens, model.config.text_config
-    tokens = patches + setup.text_length
-    flops = patches * _flops_per_token(model.projector)
-    for tower in model.vision_backbone.towers:
-        length = patches + tower.config.num_prefix_tokens
-        blocks = tower.blocks[: tower.config.num_used_blocks]
-        flops += patches * 2 * tower.patch_embed.proj.weight.numel()
-        flops += length * _flops_per_token(blocks) + len(blocks) * 4 * length**2 * tower.config.embed_dim
+    config, tokens = model.config.text_config, model.num_image_tokens + setup.text_length
     attention_dim = config.num_attention_heads * config.head_dim
-    flops += tokens * _flops_per_token(model.get_decoder())
+    flops = vision_flops(model) + tokens * linear_flops(model.get_decoder())
     flops += config.num_hidden_layers * 4 * tokens**2 * attention_dim
     flops += num_predicted * 2 * model.get_output_embeddings().weight.numel()
     return setup.batch_size * flops
-
-
-def _flops_per_token(module: nn.Module) -> int:
-    return sum(2 * part.weight.numel() for part in module.modules() if isinstance(part, nn.Linear))
 
 
 def step_flops(model: nn.Module, setup: Setup, num_predicted: int) -> int:
