@@ -378,6 +378,11 @@ class TestModelCard:
             assert result.metric_args["wilson_95"] == [round(bound, 4) for bound in numbers["wilson_95"]]
             assert result.dataset_args == {"seeds": "5-7"}
 
+    def test_what_the_environment_was_told(self, results):
+        told = {**results, "arguments": {**results["arguments"], "env_arguments": {"hold_out": ["ball"]}}}
+        for result in model_card.eval_results(told):
+            assert result.dataset_args == {"seeds": "5-7", "hold_out": ["ball"]}
+
     def test_round_trip_through_the_hub(self, results):
         written = ModelCardData(model_name="mine", eval_results=model_card.eval_results(results))
         read = ModelCard(f"---\n{written.to_yaml()}\n---\n").data

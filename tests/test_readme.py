@@ -89,10 +89,11 @@ def test_python_blocks_run_in_order(monkeypatch, tmp_path):
         ran += 1
     assert ran >= 3
     assert namespace["action"].shape == (7,)
+    assert namespace["info"]["outcome"] in ("success", "wrong_object", "dropped", "timeout")
     assert namespace["output"].probabilities.shape == (2, 7, 256)
     (side, _) = json.loads((REPOSITORY / "config.json").read_text())["image_sizes"]
     assert namespace["batch"]["pixel_values"].shape == (2, 6, side, side)
-    trainable = [name for name, parameter in namespace["policy"].named_parameters() if parameter.requires_grad]
+    trainable = [name for name, parameter in namespace["adapted"].named_parameters() if parameter.requires_grad]
     assert trainable
     assert all(".lora_" in name for name in trainable)
 

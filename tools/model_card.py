@@ -116,7 +116,8 @@ def model_card(
 def eval_results(results: dict[str, Any]) -> list[EvalResult]:
     """
     What results.json of `evaluate_policy.py` says, as the Hub has it: a success rate per task, and over all tasks
-    where there are several. The number of trials, the 95% interval and the seeds are arguments of metric and dataset.
+    where there are several. The number of trials and the 95% interval are arguments of the metric; the seeds, and what
+    `--env_arguments` asked for, are those of the dataset.
 
     Args:
         results (`dict[str, Any]`): As in results.json.
@@ -139,7 +140,7 @@ def _eval_result(results: dict[str, Any], task: str | None, numbers: dict[str, A
         dataset_type=environment,
         dataset_name=f"{environment.rpartition(':')[2]}, {task or 'all tasks'}",
         dataset_config=task,
-        dataset_args={"seeds": f"{seeds[0]}-{seeds[-1]}"},
+        dataset_args={"seeds": f"{seeds[0]}-{seeds[-1]}", **(results["arguments"].get("env_arguments") or {})},
         metric_type="success_rate",
         metric_name="Success rate",
         metric_value=round(numbers["success_rate"], 4),
