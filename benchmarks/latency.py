@@ -7,7 +7,8 @@ Both ways have the same weights and see the same observations, in turns in one p
 neighbouring actions, and the median and quartiles of all pairs are reported, by the clock and, where other programs
 run too, by the processor time that the actions took. The plain way is described in `plain_decoding.py`. Ours is
 `processor(...)` and `predict_action`, in three cases: as it is, with the previous action as a draft, and with a draft
-that is right. All must give the same tokens, or there is no result.
+that is right. All must give the same tokens in float32, or there is no result; in bfloat16, where logits tie, the
+share of equal tokens is part of it. `--device cuda` records actions as CUDA graphs before; nobody has run that yet.
 
 The small policy looks at consecutive frames of the tabletop in which it acts, the others, whose weights are random, at
 noise: they never draft well, and what is measured of them is arithmetic and overhead.
@@ -75,8 +76,7 @@ class OurPolicy:
 
     def predict(self, observations: list[Observation], draft: torch.Tensor | None = None) -> Any:
         """The output of `predict_action`."""
-        inputs = as_inputs(self.processor, observations)
-        inputs = {name: value.to(self.model.device) for name, value in inputs.items()}
+        inputs = as_inputs(self.model, self.processor, observations)
         return self.model.predict_action(**inputs, draft_token_ids=draft, return_dict=True)
 
 
@@ -89,13 +89,18 @@ def timed(function: Callable[[], Any]) -> tuple[float, float, Any]:
     return (time.perf_counter() - start) * 1e3, (time.process_time() - processor_start) * 1e3, result
 
 
-def measure(name: str, batch_size: int, seconds: float, reference: "Reference | None" = None) -> Result:
-    """All figures of a configuration at one batch size."""
-    model, processor = make_policy(name)
+def measure(
+    name: str, batch_size: int, seconds: float, reference: "Reference | None" = None, **placement: Any
+) -> Result:
+    """All figures of a configuration at one batch size; `placement` is for `make_policy`."""
+    model, processor = make_policy(name, **placement)
+    if model.device.type == "cuda":
+        model.warm_up(batch_sizes=[batch_size])
     plain, ours = PlainPolicy(model, processor), OurPolicy(model, processor)
     batches = observe(name, model, processor, batch_size, 24 if name == SMALL else 3)
     clock: dict[str, list[float]] = {way: [] for way in WAYS}
     processor_time: dict[str, list[float]] = {way: [] for way in WAYS}
+    equal: dict[str, list[float]] = {way: [] for way in WAYS}
     accepted, previous = [], ours.predict(batches[0]).token_ids
     plain.predict(batches[0])  # untimed, as the one above
     began, rounds = time.perf_counter(), 0
@@ -115,31 +120,35 @@ def measure(name: str, batch_size: int, seconds: float, reference: "Reference | 
             if way == "previous draft":
                 accepted += result.accepted_tokens.tolist()
                 result = result.token_ids
-            check_same_tokens(way, result, right)
+            equal[way].append(count_equal(way, result, right, model.dtype))
         if reference is not None:
             clock.setdefault("reference", []).append(reference.predict())
         previous, rounds = right, rounds + 1
-    peak = machine_speed(model)
+    peak, text_length = machine_speed(model), as_inputs(model, processor, batches[0])["input_ids"].shape[1]
     return {
         "rounds": rounds,
         "milliseconds": {way: summarise(values) for way, values in clock.items()},
         "processor_milliseconds": {way: summarise(values) for way, values in processor_time.items()},
         "speedup": ratios(clock),
         "processor_speedup": ratios(processor_time),
+        "equal_tokens": {way: statistics.mean(values) for way, values in equal.items()},
         "accepted_of_previous_draft": statistics.mean(accepted),
         "stages": {"plain": plain_stages(plain, batches), "ours": our_stages(ours, batches)},
         "machine_speed": peak,
-        "floor_milliseconds": floor(model, batch_size, as_inputs(processor, batches[0])["input_ids"].shape[1], peak),
+        "floor_milliseconds": floor(model, batch_size, text_length, peak),
     }
 
 
-def check_same_tokens(way: str, actual: torch.Tensor, expected: torch.Tensor) -> None:
+def count_equal(way: str, actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> float:
     """
+    Share of the tokens that a way decodes as ours does.
+
     Raises:
-        ValueError: If a way decodes other tokens than ours does.
+        ValueError: If there are others in float32; in bfloat16 logits tie.
     """
-    if not torch.equal(actual.cpu(), expected.cpu()):
+    if dtype == torch.float32 and not torch.equal(actual, expected):
         raise ValueError(f"{way} decodes {actual.tolist()}, ours {expected.tolist()}.")
+    return (actual == expected).float().mean().item()
 
 
 def ratios(times: dict[str, list[float]]) -> Result:
@@ -170,13 +179,13 @@ def our_stages(policy: OurPolicy, batches: list[list[Observation]]) -> dict[str,
     times: dict[str, list[float]] = {}
     model = policy.model
     for observations in batches[:STAGE_ROUNDS]:
-        *_, inputs = record(times, "preprocessing", lambda o=observations: as_inputs(policy.processor, o))
+        *_, inputs = record(times, "preprocessing", lambda o=observations: as_inputs(model, policy.processor, o))
         with torch.no_grad():
             record(times, "towers", lambda i=inputs: model.get_image_features(i["pixel_values"]))
         *_, output = record(times, "all", lambda i=inputs: model.predict_action(**i, return_dict=True))
         ids = output.token_ids
         record(times, "one pass", lambda i=inputs, d=ids: model.predict_action(**i, draft_token_ids=d))
-        record(times, "detokenise", lambda t=ids: policy.processor.decode_actions(t.numpy()))
+        record(times, "detokenise", lambda t=ids: policy.processor.decode_actions(t.cpu().numpy()))
     medians = {stage: statistics.median(values) for stage, values in times.items()}
     everything, one_pass = medians.pop("all"), medians.pop("one pass")
     prefill = one_pass - medians["towers"] - medians["detokenise"]
@@ -193,11 +202,12 @@ def record(times: dict[str, list[float]], stage: str, function: Callable[[], Any
 
 
 def machine_speed(model: nn.Module) -> dict[str, float]:
-    """GFLOP/s of a large product in float32, and milliseconds of all products of the language model with a vector."""
-    square = torch.randn(1024, 1024)
+    """GFLOP/s of a large product, and milliseconds of all products of the language model with a vector."""
+    side = 1024 if model.device.type == "cpu" else 8192
+    square = torch.randn(side, side, device=model.device, dtype=model.dtype)
     product = statistics.median(timed(lambda: square @ square)[0] for _ in range(20))
     linears = [part.weight for part in model.get_decoder().modules() if isinstance(part, nn.Linear)]
-    vectors = {weight: torch.randn(1, weight.shape[1]) for weight in linears}
+    vectors = {weight: weight.new_ones(1, weight.shape[1]) for weight in linears}
 
     @torch.inference_mode()
     def stream() -> None:
@@ -205,7 +215,7 @@ def machine_speed(model: nn.Module) -> dict[str, float]:
             nn.functional.linear(vectors[weight], weight)
 
     return {
-        "gflops": 2 * 1024**3 / product / 1e6,
+        "gflops": 2 * side**3 / product / 1e6,
         "stream_milliseconds": statistics.median(timed(stream)[0] for _ in range(20)),
     }
 
@@ -315,11 +325,14 @@ def main() -> None:
     parser.add_argument("--batch_sizes", nargs="+", type=int, default=[1, 4, 16])
     parser.add_argument("--seconds", type=float, default=20.0, help="for each configuration and batch size")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--reference", type=Path, metavar="DIR", help="checkout of the published implementation")
     parser.add_argument("--reference_python", default="python", help="interpreter of its environment")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    placement = {"device": arguments.device, "dtype": getattr(torch, arguments.dtype)}
     result: Result = {
         "command": shlex.join(["python", "benchmarks/latency.py", *sys.argv[1:]]),
         "machine": {**machine(), "transformers": transformers.__version__, "load_average": os.getloadavg()[0]},
@@ -332,7 +345,8 @@ def main() -> None:
             reference = Reference(arguments.reference, arguments.reference_python, name)
         cells = result["configurations"].setdefault(name, {})
         for batch_size in arguments.batch_sizes:
-            cells[batch_size] = measure(name, batch_size, arguments.seconds, reference if batch_size == 1 else None)
+            beside = reference if batch_size == 1 else None
+            cells[batch_size] = measure(name, batch_size, arguments.seconds, beside, **placement)
             print("\n".join(rows(name, batch_size, cells[batch_size])), flush=True)
         if reference is not None:
             reference.close()

@@ -169,20 +169,28 @@ def tabletop_observations(model: nn.Module, processor: Any, seed: int = 600_000)
         while not is_over:
             observation = Observation(seen["instruction"], seen["image"], seen["state"])
             yield observation
-            action = model.predict_action(**as_inputs(processor, [observation]))
+            action = model.predict_action(**as_inputs(model, processor, [observation]))
             seen, _, terminated, truncated, _ = env.step(action.astype(np.float32))
             is_over = terminated or truncated
 
 
-def as_inputs(processor: Any, observations: list[Observation]) -> Inputs:
-    """A batch, as the processor makes it."""
+def as_inputs(model: nn.Module, processor: Any, observations: list[Observation]) -> Inputs:
+    """A batch, as the processor makes it, in the dtype and on the device of the model."""
     inputs = {
         "instruction": [each.instruction for each in observations],
         "images": [each.image for each in observations],
     }
     if processor.use_proprio:
         inputs["state"] = np.stack([each.state for each in observations])
-    return dict(processor(**inputs))
+    return as_of(model, processor(**inputs))
+
+
+def as_of(model: nn.Module, inputs: Inputs) -> Inputs:
+    """Inputs on the device of the model, and those with a floating point in its dtype."""
+    return {
+        name: value.to(model.device, model.dtype if value.is_floating_point() else value.dtype)
+        for name, value in inputs.items()
+    }
 
 
 class PlainPolicy:
@@ -208,7 +216,7 @@ class PlainPolicy:
         if self.processor.use_proprio:
             states = np.stack([each.state for each in observations])
             inputs["proprio"] = torch.from_numpy(self.processor.normalize_state(states)).float()
-        return inputs
+        return as_of(self.model, inputs)
 
     @staticmethod
     def _pixels(frame: np.ndarray, side: int, settings: list[dict[str, Any]]) -> torch.Tensor:

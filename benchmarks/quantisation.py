@@ -90,8 +90,7 @@ def measure(method: str, directory: str, name: str, observations: list, threads:
     size = layer_bytes(model)
     times, tokens = [], []
     for observation in observations:
-        inputs = as_inputs(processor, [observation])
-        inputs = {key: value.to(model.dtype) if value.is_floating_point() else value for key, value in inputs.items()}
+        inputs = as_inputs(model, processor, [observation])
         elapsed, _, output = timed(lambda inputs=inputs: model.predict_action(**inputs, return_dict=True))
         times.append(elapsed)
         tokens.append(output.token_ids[0].tolist())

@@ -37,7 +37,7 @@ def policy(request):
 def test_plain_way_gives_the_same_actions(policy):
     model, processor, observations = policy
     for rows in (observations, observations[1:2]):
-        inputs = plain.as_inputs(processor, rows)
+        inputs = plain.as_inputs(model, processor, rows)
         expected = model.predict_action(**inputs, return_dict=True)
         policy_to_compare = plain.PlainPolicy(model, processor)
         for name, value in policy_to_compare.preprocess(rows).items():
@@ -61,13 +61,13 @@ def test_plain_way_runs_every_block_and_all_logits(policy):
     for hook in hooks:
         hook.remove()
     assert len(calls) == 4
-    length = plain.as_inputs(processor, observations)["input_ids"].shape[1] + model.num_image_tokens
+    length = plain.as_inputs(model, processor, observations)["input_ids"].shape[1] + model.num_image_tokens
     assert shapes == [(3, length, 1088)] + [(3, 1, 1088)] * 6
 
 
 def test_floor_counts_what_runs(policy):
     model, processor, observations = policy
-    inputs = plain.as_inputs(processor, observations[1:2])
+    inputs = plain.as_inputs(model, processor, observations[1:2])
     tokens = model.predict_action(**inputs, return_dict=True).token_ids
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model.predict_action(**inputs, draft_token_ids=tokens)
@@ -79,3 +79,15 @@ def test_random_weights_are_the_same_at_every_call():
     models = [plain.make_policy("tiny golden")[0] for _ in range(2)]
     for (name, first), (_, second) in zip(*(model.state_dict().items() for model in models), strict=True):
         assert torch.equal(first, second), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_latency_of_every_way(dtype):
+    result = latency.measure("tiny golden", 1, 0.0, dtype=dtype)
+    assert result["rounds"] == latency.MIN_ROUNDS
+    for name in ("milliseconds", "equal_tokens"):
+        assert set(result[name]) == set(latency.WAYS)
+    assert set(result["speedup"]) == set(latency.WAYS) - {"plain"}
+    if dtype == torch.float32:
+        assert set(result["equal_tokens"].values()) == {1.0}
+    assert latency.rows("tiny golden", 1, result)
