@@ -44,8 +44,8 @@ from torch import nn
 
 
 BATCH_SIZES = (1, 8)
-# A bfloat16 number has 8 significant bits: two of its steps, relative to the number.
 LISTED_TIES = 50
+# A bfloat16 number has 8 significant bits: two of its steps, relative to the number.
 TIE = {torch.float32: 0.0, torch.bfloat16: 2 * 2**-7}
 
 Ways = dict[str, Callable[[], torch.Tensor]]
