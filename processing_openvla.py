@@ -235,6 +235,61 @@ def crop_center(pixels: np.ndarray, area: float) -> np.ndarray:
     return (cropped * np.float32(255.5 / 255)).astype(np.uint8, order="C")
 
 
+# Pillow's weights are whole numbers, of which so many are one.
+PIL_ONE = 2**22
+
+
+@functools.lru_cache(maxsize=16)
+def pil_bicubic_weights(size_in: int, size_out: int, device: torch.device) -> torch.Tensor:
+    """
+    Weights of Pillow's bicubic resize of 8-bit pictures along one axis, float64 (out, in), in units of 1 / `PIL_ONE`.
+
+    The kernel is Keys' with a = -0.5, stretched by the scale where the picture shrinks, centred on the output pixel,
+    cut off at the borders, normalised, and rounded away from zero.
+    """
+    scale = size_in / size_out
+    stretch = max(scale, 1.0)
+    centers = (np.arange(size_out)[:, None] + 0.5) * scale  # (out, 1)
+    pixels = np.arange(size_in)
+    first = np.maximum(np.trunc(centers - 2 * stretch + 0.5), 0)
+    behind = np.minimum(np.trunc(centers + 2 * stretch + 0.5), size_in)
+    x = np.abs((pixels - centers + 0.5) * (1 / stretch))  # (out, in)
+    near, far = (1.5 * x - 2.5) * x * x + 1, (((x - 5) * x + 8) * x - 4) * -0.5
+    kernel = np.where(x < 1, near, np.where(x < 2, far, 0.0))
+    kernel[(pixels < first) | (pixels >= behind)] = 0.0
+    kernel /= np.cumsum(kernel, axis=1)[:, -1:]  # one by one, unlike `sum`
+    return torch.tensor(np.trunc(kernel * PIL_ONE + np.copysign(0.5, kernel)), device=device)
+
+
+@functools.lru_cache(maxsize=16)
+def pil_axes(height: int, width: int, new_height: int, new_width: int) -> tuple[int, int]:
+    """
+    The axes of (C, H, W) in the order in which the installed Pillow resizes them, seen on noise.
+
+    Up to Pillow 12 it begins with the width; 13 decides by the sizes.
+    """
+    noise = np.random.default_rng(0).integers(0, 2, (height, width, 3), dtype=np.uint8) * np.uint8(255)
+    image, bicubic = Image.fromarray(noise), Image.Resampling.BICUBIC
+    expected = image.resize((new_width, new_height), bicubic)
+    width_first = image.resize((new_width, height), bicubic).resize((new_width, new_height), bicubic)
+    return (2, 1) if width_first.tobytes() == expected.tobytes() else (1, 2)
+
+
+def resize_pil_bicubic(pixels: torch.Tensor, width: int, height: int) -> torch.Tensor:
+    """
+    uint8 (3, height, width) of uint8 (3, H, W), wherever that lies: Pillow's bicubic resize to the bit.
+
+    Pillow rounds between the axes, and its sums are of whole numbers, which float64 holds exactly.
+    """
+    for axis in pil_axes(*pixels.shape[1:], height, width):
+        size = (height, width)[axis - 1]
+        if pixels.shape[axis] != size:
+            weights = pil_bicubic_weights(pixels.shape[axis], size, pixels.device)
+            sums = pixels.double() @ weights.T if axis == 2 else weights @ pixels.double()
+            pixels = ((sums + PIL_ONE // 2) / PIL_ONE).floor().clamp(0, 255).to(torch.uint8)
+    return pixels
+
+
 class OpenVLAImageProcessor(BaseImageProcessor):
     """
     Camera images to `pixel_values`: resize, crop, scale to [0, 1], normalise once per tower.
@@ -330,9 +385,14 @@ class OpenVLAImageProcessor(BaseImageProcessor):
                 crop takes its place.
 
         Returns:
-            `BatchFeature`: `pixel_values`, float32 (B, 3 * towers, S, S).
+            `BatchFeature`: `pixel_values`, float32 (B, 3 * towers, S, S). With `pt`, those of uint8 RGB tensors on a
+            CUDA device are made and stay there where the picture is squashed bicubically and not cropped, as for
+            openvla-7b.
         """
-        pictures = [self.resize(image) for image in as_image_list(images)]
+        images = as_image_list(images)
+        if return_tensors == "pt" and self._can_stay_on_device(images, do_center_crop):
+            return BatchFeature({"pixel_values": self._preprocess_on_device(images)})
+        pictures = [self.resize(image) for image in images]
         if do_center_crop and self.center_crop_area is not None:
             pictures = [crop_center(picture, self.center_crop_area) for picture in pictures]
         pixels = np.stack(pictures)  # (B, S, S, 3)
@@ -345,6 +405,36 @@ class OpenVLAImageProcessor(BaseImageProcessor):
         values = planes - mean  # (B, towers, 3, S, S)
         values /= std
         return BatchFeature({"pixel_values": values.reshape(len(values), -1, *values.shape[3:])}, return_tensors)
+
+    def _can_stay_on_device(self, images: list[ImageInput], do_center_crop: bool) -> bool:
+        """Whether nothing but a bicubic squash is asked for, of uint8 RGB tensors on a CUDA device."""
+        is_squashed = self.tvf_resize_params[0]["size"] == self.tvf_crop_params[0]["output_size"]
+        is_cropped = do_center_crop and self.center_crop_area is not None
+        if self.tvf_do_letterbox or self.resample != "pil_bicubic" or not is_squashed or is_cropped:
+            return False
+        return all(
+            isinstance(image, torch.Tensor)
+            and image.device.type == "cuda"
+            and image.dtype == torch.uint8
+            and image.ndim == 3
+            and 3 in (image.shape[0], image.shape[-1])
+            for image in images
+        )
+
+    def _preprocess_on_device(self, images: list[torch.Tensor]) -> torch.Tensor:
+        """float32 (B, 3 * towers, S, S) of uint8 (3, H, W) or (H, W, 3), where they lie."""
+        pictures = []
+        for image in images:
+            planes = image if image.shape[0] == 3 else image.permute(2, 0, 1)  # (3, H, W)
+            _check_sides(planes.shape[2], planes.shape[1])
+            pictures.append(resize_pil_bicubic(planes, *self._resized(planes.shape[2], planes.shape[1])))
+        constants = [[tower["mean"], tower["std"], [255.0] * 3] for tower in self.tvf_normalize_params]
+        mean, std, most = torch.tensor(constants, device=images[0].device)[..., None, None].unbind(
+            1
+        )  # (towers, 3, 1, 1)
+        # With a number of the host, a GPU would multiply by its inverse in place of dividing, and round otherwise.
+        values = torch.stack(pictures)[:, None].float() / most  # (B, towers, 3, S, S)
+        return ((values - mean) / std).flatten(1, 2)
 
     def resize(self, image: ImageInput) -> np.ndarray:
         """
@@ -717,7 +807,8 @@ class OpenVLAProcessor(ProcessorMixin):
             )
         if rows is not None:
             flat = [image for row in rows for image in row]
-            pixels = self.image_processor(flat, return_tensors="np", do_center_crop=do_center_crop)["pixel_values"]
+            looks = {"return_tensors": return_tensors, "do_center_crop": do_center_crop}
+            pixels = self.image_processor(flat, **looks)["pixel_values"]
             # (B * images, towers * 3, S, S) -> (B, images * towers * 3, S, S)
             inputs["pixel_values"] = pixels.reshape(len(rows), -1, *pixels.shape[2:])
         if state is not None:

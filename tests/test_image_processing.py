@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -268,6 +269,60 @@ def test_every_size_gives_the_shape(width, height, strategy):
     values = make_processor(record)(np.full((height, width, 3), 128, np.uint8))["pixel_values"]
     assert values.shape == (1, 6, 224, 224)
     assert torch.isfinite(values).all()
+
+
+class TestOnDevice:
+    """What a GPU would run, run on the CPU: nothing here has one."""
+
+    @settings(max_examples=60, deadline=None)
+    @given(
+        sizes=st.tuples(*[st.integers(8, 700)] * 4),
+        seed=st.integers(0, 2**32 - 1),
+        levels=st.sampled_from([(0, 256), (0, 2), (200, 256)]),
+    )
+    def test_resize_is_pillows_to_the_bit(self, sizes, seed, levels):
+        height, width, new_height, new_width = sizes
+        low, high = levels
+        pixels = np.random.default_rng(seed).integers(low, high, (height, width, 3), dtype=np.uint8)
+        pixels = pixels * (255 if high == 2 else 1)  # black and white overshoot most
+        expected = np.asarray(Image.fromarray(pixels).resize((new_width, new_height), Image.Resampling.BICUBIC))
+        planes = torch.from_numpy(pixels).permute(2, 0, 1)
+        module = sys.modules[repository_class("OpenVLAImageProcessor").__module__]
+        resized = module.resize_pil_bicubic(planes, new_width, new_height)
+        np.testing.assert_array_equal(resized.permute(1, 2, 0), expected)
+
+    @pytest.mark.parametrize("name", ["fused_resize-naive"])
+    def test_same_pixel_values(self, name):
+        processor = make_processor(RECORDS["sets"][name])
+        for images in ([STORED_IMAGES[0]], STORED_IMAGES):
+            pixels = [np.array(read_image(image).convert("RGB")) for image in images]
+            tensors = [torch.from_numpy(each) for each in pixels]
+            expected = processor(pixels)["pixel_values"]
+            assert torch.equal(processor._preprocess_on_device(tensors), expected)
+            planes = [each.permute(2, 0, 1) for each in tensors]
+            assert torch.equal(processor._preprocess_on_device(planes), expected)
+
+    def test_sizes_are_checked(self, golden_image_processor):
+        with pytest.raises(ValueError, match="both sides must be between"):
+            golden_image_processor._preprocess_on_device([torch.zeros(3, 4, 100, dtype=torch.uint8)])
+
+    def test_what_stays(self):
+        """Told by stand-ins for tensors on a GPU."""
+
+        class OnGPU(torch.Tensor):
+            device = torch.device("cuda")
+
+        picture = torch.zeros(60, 80, 3, dtype=torch.uint8)
+        there = picture.as_subclass(OnGPU)
+        squashing = make_processor(RECORDS["sets"]["fused_resize-naive"])
+        assert squashing._can_stay_on_device([there, there.permute(2, 0, 1)], True)
+        for others in ([picture], [there, picture], [there.float()], [there[..., :1]], [np.asarray(picture)]):
+            assert not squashing._can_stay_on_device(others, True)
+        for record in ("fused_resize-crop", "fused_letterbox"):
+            assert not make_processor(RECORDS["sets"][record])._can_stay_on_device([there], True)
+        squashing.center_crop_area = 0.9
+        assert not squashing._can_stay_on_device([there], True)
+        assert squashing._can_stay_on_device([there], False)
 
 
 class TestBadInput:
