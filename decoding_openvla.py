@@ -541,9 +541,10 @@ class ActionGraph:
                     self._go_on()
             torch.cuda.current_stream().wait_stream(stream)
             graphs = [torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()]
-            with torch.cuda.graph(graphs[0]):
+            # The stream that a capture takes by default is on the device that captured first.
+            with torch.cuda.graph(graphs[0], stream=stream):
                 self._begin()
-            with torch.cuda.graph(graphs[1], pool=graphs[0].pool()):
+            with torch.cuda.graph(graphs[1], pool=graphs[0].pool(), stream=stream):
                 self._go_on()
         self._parts = [graph.replay for graph in graphs]
 
@@ -592,7 +593,7 @@ class ActionGraph:
 
 class RecordedActions:
     """
-    Actions of fixed shapes, and the weights that they read.
+    Actions of fixed shapes, and where the weights lie that they read.
 
     Args:
         model (`nn.Module`): The policy.
@@ -600,13 +601,11 @@ class RecordedActions:
     """
 
     def __init__(self, model: nn.Module, graphs: Sequence[ActionGraph]):
-        self._model, self.graphs = model, list(graphs)
-        self._addresses = self._weight_addresses()
+        self.graphs, self._addresses = list(graphs), _tensor_addresses(model)
 
-    @property
-    def is_outdated(self) -> bool:
-        """Whether the model was moved, or tensors of it replaced."""
-        return self._addresses != self._weight_addresses()
+    def are_of(self, model: nn.Module) -> bool:
+        """Whether they read the weights of a model: it was not moved, and no tensor of it replaced."""
+        return self._addresses == _tensor_addresses(model)
 
     def find(self, batch_size: int, length: int, num_tokens: int) -> ActionGraph | None:
         """The one with the least padding for prompts (B, T)."""
@@ -617,8 +616,9 @@ class RecordedActions:
         ]
         return min(fitting, key=lambda graph: graph.length, default=None)
 
-    def _weight_addresses(self) -> list[int]:
-        return [tensor.data_ptr() for tensor in (*self._model.parameters(), *self._model.buffers())]
+
+def _tensor_addresses(model: nn.Module) -> list[int]:
+    return [tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())]
 
 
 def decode_fast_tokens(

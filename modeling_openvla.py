@@ -801,13 +801,14 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
 
     def _find_graph(self, batch_size: int, length: int, num_tokens: int) -> ActionGraph | None:
         """The shortest recorded action for such prompts, if what was recorded is still there."""
-        if self._recorded is None or torch.is_autocast_enabled(self.device.type):
+        recorded = self._recorded  # another thread may replace it
+        if recorded is None or torch.is_autocast_enabled(self.device.type):
             return None
-        if self._recorded.is_outdated:
+        if not recorded.are_of(self):
             logger.warning("The model was moved or changed: call `warm_up` again. Actions are decoded without it.")
             self._recorded = None
             return None
-        return self._recorded.find(batch_size, length, num_tokens)
+        return recorded.find(batch_size, length, num_tokens)
 
     def __getstate__(self) -> dict:
         """Without recorded actions: a copy of the model has other weights, and no file can hold a CUDA graph."""

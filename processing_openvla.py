@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL
 import torch
 from PIL import Image, ImageOps
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -235,58 +236,74 @@ def crop_center(pixels: np.ndarray, area: float) -> np.ndarray:
     return (cropped * np.float32(255.5 / 255)).astype(np.uint8, order="C")
 
 
-# Pillow's weights are whole numbers, of which so many are one.
-PIL_ONE = 2**22
+# What is exact in `resize_pil_bicubic`: 258 pixels for each of the output.
+MAX_DEVICE_SHRINKAGE = 64
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=8)
 def pil_bicubic_weights(size_in: int, size_out: int, device: torch.device) -> torch.Tensor:
     """
-    Weights of Pillow's bicubic resize of 8-bit pictures along one axis, float64 (out, in), in units of 1 / `PIL_ONE`.
+    Weights of Pillow's bicubic resize of 8-bit pictures along one axis, whole numbers of which 2**22 stands for 1.
 
     The kernel is Keys' with a = -0.5, stretched by the scale where the picture shrinks, centred on the output pixel,
-    cut off at the borders, normalised, and rounded away from zero.
+    cut off at the borders, normalised, and rounded to the nearest number.
+
+    Returns:
+        `torch.Tensor`: float32 (3 * out, in): the high bytes, with the sign, the middle bytes, and the low bytes.
     """
     scale = size_in / size_out
     stretch = max(scale, 1.0)
     centers = (np.arange(size_out)[:, None] + 0.5) * scale  # (out, 1)
     pixels = np.arange(size_in)
-    first = np.maximum(np.trunc(centers - 2 * stretch + 0.5), 0)
-    behind = np.minimum(np.trunc(centers + 2 * stretch + 0.5), size_in)
+    first = np.maximum(np.trunc(centers - 2 * stretch + 0.5), 0)  # (out, 1)
+    end = np.minimum(np.trunc(centers + 2 * stretch + 0.5), size_in)  # (out, 1)
     x = np.abs((pixels - centers + 0.5) * (1 / stretch))  # (out, in)
-    near, far = (1.5 * x - 2.5) * x * x + 1, (((x - 5) * x + 8) * x - 4) * -0.5
-    kernel = np.where(x < 1, near, np.where(x < 2, far, 0.0))
-    kernel[(pixels < first) | (pixels >= behind)] = 0.0
+    inner, outer = (1.5 * x - 2.5) * x * x + 1, (((x - 5) * x + 8) * x - 4) * -0.5
+    kernel = np.where(x < 1, inner, np.where(x < 2, outer, 0.0))
+    kernel[(pixels < first) | (pixels >= end)] = 0.0
     kernel /= np.cumsum(kernel, axis=1)[:, -1:]  # one by one, unlike `sum`
-    return torch.tensor(np.trunc(kernel * PIL_ONE + np.copysign(0.5, kernel)), device=device)
+    weights = np.trunc(kernel * 2**22 + np.copysign(0.5, kernel)).astype(np.int64)
+    parts = np.concatenate([weights >> 16, weights >> 8 & 255, weights & 255])
+    return torch.tensor(parts, dtype=torch.float32, device=device)
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=256)
 def pil_axes(height: int, width: int, new_height: int, new_width: int) -> tuple[int, int]:
     """
-    The axes of (C, H, W) in the order in which the installed Pillow resizes them, seen on noise.
+    The axes of (C, H, W) in the order in which the installed Pillow resizes them. It rounds between them.
 
-    Up to Pillow 12 it begins with the width; 13 decides by the sizes.
+    Pillow 10.4 to 12.2 were seen to begin with the width; 13.0 decides by the sizes, which is seen on noise.
+
+    Raises:
+        RuntimeError: If it does something else.
     """
+    if int(PIL.__version__.split(".")[0]) < 13:
+        return 2, 1
     noise = np.random.default_rng(0).integers(0, 2, (height, width, 3), dtype=np.uint8) * np.uint8(255)
-    image, bicubic = Image.fromarray(noise), Image.Resampling.BICUBIC
-    expected = image.resize((new_width, new_height), bicubic)
-    width_first = image.resize((new_width, height), bicubic).resize((new_width, new_height), bicubic)
-    return (2, 1) if width_first.tobytes() == expected.tobytes() else (1, 2)
+    image, size = Image.fromarray(noise), (new_width, new_height)
+    expected = image.resize(size, Image.Resampling.BICUBIC).tobytes()
+    for axes, between in (((2, 1), (new_width, height)), ((1, 2), (width, new_height))):
+        halfway = image.resize(between, Image.Resampling.BICUBIC)
+        if halfway.resize(size, Image.Resampling.BICUBIC).tobytes() == expected:
+            return axes
+    raise RuntimeError(f"Pillow {PIL.__version__} resizes in a way that is not known: move the pictures to the host.")
 
 
 def resize_pil_bicubic(pixels: torch.Tensor, width: int, height: int) -> torch.Tensor:
     """
     uint8 (3, height, width) of uint8 (3, H, W), wherever that lies: Pillow's bicubic resize to the bit.
 
-    Pillow rounds between the axes, and its sums are of whole numbers, which float64 holds exactly.
+    Bytes of the weights times pixels are whole numbers of 16 bits; float32 holds sums of 258 of them exactly, and
+    TF32 and bfloat16 the bytes themselves.
     """
     for axis in pil_axes(*pixels.shape[1:], height, width):
         size = (height, width)[axis - 1]
         if pixels.shape[axis] != size:
             weights = pil_bicubic_weights(pixels.shape[axis], size, pixels.device)
-            sums = pixels.double() @ weights.T if axis == 2 else weights @ pixels.double()
-            pixels = ((sums + PIL_ONE // 2) / PIL_ONE).floor().clamp(0, 255).to(torch.uint8)
+            with torch.autocast(pixels.device.type, enabled=False):
+                sums = pixels.float() @ weights.T if axis == 2 else weights @ pixels.float()
+            high, middle, low = sums.int().chunk(3, dim=axis)  # (3, H', W') each
+            pixels = ((high << 16) + (middle << 8) + low + 2**21 >> 22).clamp(0, 255).to(torch.uint8)
     return pixels
 
 
@@ -385,9 +402,9 @@ class OpenVLAImageProcessor(BaseImageProcessor):
                 crop takes its place.
 
         Returns:
-            `BatchFeature`: `pixel_values`, float32 (B, 3 * towers, S, S). With `pt`, those of uint8 RGB tensors on a
-            CUDA device are made and stay there where the picture is squashed bicubically and not cropped, as for
-            openvla-7b.
+            `BatchFeature`: `pixel_values`, float32 (B, 3 * towers, S, S). With `pt`, those of uint8 RGB tensors on one
+            CUDA device are made and stay there, where pictures are squashed bicubically and not cropped, as for
+            openvla-7b; all others are made on the host.
         """
         images = as_image_list(images)
         if return_tensors == "pt" and self._can_stay_on_device(images, do_center_crop):
@@ -407,33 +424,32 @@ class OpenVLAImageProcessor(BaseImageProcessor):
         return BatchFeature({"pixel_values": values.reshape(len(values), -1, *values.shape[3:])}, return_tensors)
 
     def _can_stay_on_device(self, images: list[ImageInput], do_center_crop: bool) -> bool:
-        """Whether nothing but a bicubic squash is asked for, of uint8 RGB tensors on a CUDA device."""
+        """Whether nothing but a bicubic squash is asked for, of uint8 RGB tensors on one CUDA device."""
         is_squashed = self.tvf_resize_params[0]["size"] == self.tvf_crop_params[0]["output_size"]
         is_cropped = do_center_crop and self.center_crop_area is not None
         if self.tvf_do_letterbox or self.resample != "pil_bicubic" or not is_squashed or is_cropped:
             return False
-        return all(
-            isinstance(image, torch.Tensor)
-            and image.device.type == "cuda"
-            and image.dtype == torch.uint8
-            and image.ndim == 3
-            and 3 in (image.shape[0], image.shape[-1])
-            for image in images
-        )
+        if not all(isinstance(image, torch.Tensor) and image.ndim == 3 for image in images):
+            return False
+        kinds = {(image.device, image.dtype) for image in images}
+        device, dtype = next(iter(kinds))
+        are_rgb = all(3 in (image.shape[0], image.shape[-1]) for image in images)
+        most = MAX_DEVICE_SHRINKAGE * self.tvf_crop_params[0]["output_size"][0]
+        are_small = all(max(image.shape) <= most for image in images)
+        return len(kinds) == 1 and device.type == "cuda" and dtype == torch.uint8 and are_rgb and are_small
 
     def _preprocess_on_device(self, images: list[torch.Tensor]) -> torch.Tensor:
         """float32 (B, 3 * towers, S, S) of uint8 (3, H, W) or (H, W, 3), where they lie."""
+        constants = [[tower["mean"], tower["std"], [255.0] * 3] for tower in self.tvf_normalize_params]
+        constants = torch.tensor(constants, dtype=torch.float32, device=images[0].device)[..., None, None]
+        mean, std, white = constants.unbind(dim=1)  # (towers, 3, 1, 1)
         pictures = []
         for image in images:
             planes = image if image.shape[0] == 3 else image.permute(2, 0, 1)  # (3, H, W)
             _check_sides(planes.shape[2], planes.shape[1])
             pictures.append(resize_pil_bicubic(planes, *self._resized(planes.shape[2], planes.shape[1])))
-        constants = [[tower["mean"], tower["std"], [255.0] * 3] for tower in self.tvf_normalize_params]
-        mean, std, most = torch.tensor(constants, device=images[0].device)[..., None, None].unbind(
-            1
-        )  # (towers, 3, 1, 1)
-        # With a number of the host, a GPU would multiply by its inverse in place of dividing, and round otherwise.
-        values = torch.stack(pictures)[:, None].float() / most  # (B, towers, 3, S, S)
+        # By a number of the host, a GPU would not divide but multiply by its inverse, and round otherwise.
+        values = torch.stack(pictures)[:, None] / white  # (B, towers, 3, S, S)
         return ((values - mean) / std).flatten(1, 2)
 
     def resize(self, image: ImageInput) -> np.ndarray:
@@ -764,8 +780,9 @@ class OpenVLAProcessor(ProcessorMixin):
         Args:
             text (`str` or `list[str]`): Whole prompts, tokenised as published: no closing token, and the strings of
                 special tokens become special tokens.
-            images: One image per text: see [`to_pil_rgb`]. With `num_images` above 1 a list of so many per text, the
-                third-person view first and the wrists after it.
+            images: One image per text: see [`to_pil_rgb`], and [`OpenVLAImageProcessor.preprocess`] for those on a
+                GPU, whose `pixel_values` may stay there: move the inputs to the policy's device. With `num_images`
+                above 1 a list of so many per text, the third-person view first and the wrists after it.
             instruction (`str` or `list[str]`): Instead of `text`, what the robot should do. The prompt is rendered
                 around it, with the closing token; strings of special tokens in it stay text.
             state (`np.ndarray`): The robot's state, (P,) or (B, P), in the units of the dataset; with `use_proprio`.
@@ -807,8 +824,10 @@ class OpenVLAProcessor(ProcessorMixin):
             )
         if rows is not None:
             flat = [image for row in rows for image in row]
-            looks = {"return_tensors": return_tensors, "do_center_crop": do_center_crop}
-            pixels = self.image_processor(flat, **looks)["pixel_values"]
+            as_arrays = "pt" if return_tensors == "pt" else "np"
+            pixels = self.image_processor(flat, return_tensors=as_arrays, do_center_crop=do_center_crop)[
+                "pixel_values"
+            ]
             # (B * images, towers * 3, S, S) -> (B, images * towers * 3, S, S)
             inputs["pixel_values"] = pixels.reshape(len(rows), -1, *pixels.shape[2:])
         if state is not None:

@@ -94,8 +94,7 @@ def measure(
 ) -> Result:
     """All figures of a configuration at one batch size; `placement` is for `make_policy`."""
     model, processor = make_policy(name, **placement)
-    if model.device.type == "cuda":
-        model.warm_up(batch_sizes=[batch_size])
+    num_recorded = model.warm_up(batch_sizes=[batch_size]) if model.device.type == "cuda" else 0
     plain, ours = PlainPolicy(model, processor), OurPolicy(model, processor)
     batches = observe(name, model, processor, batch_size, 24 if name == SMALL else 3)
     clock: dict[str, list[float]] = {way: [] for way in WAYS}
@@ -127,6 +126,7 @@ def measure(
     peak, text_length = machine_speed(model), as_inputs(model, processor, batches[0])["input_ids"].shape[1]
     return {
         "rounds": rounds,
+        "recorded_actions": num_recorded,
         "milliseconds": {way: summarise(values) for way, values in clock.items()},
         "processor_milliseconds": {way: summarise(values) for way, values in processor_time.items()},
         "speedup": ratios(clock),
@@ -311,7 +311,8 @@ def rows(name: str, batch_size: int, result: Result) -> list[str]:
     bounds = result["floor_milliseconds"]
     lines.append(
         f"{'':26} floor: {bounds['right draft']:.2f} with a right draft, {bounds['token by token']:.2f} token by "
-        f"token; {result['accepted_of_previous_draft']:.2f} tokens of the previous draft were right"
+        f"token; {result['accepted_of_previous_draft']:.2f} tokens of the previous draft were right; "
+        f"{min(result['equal_tokens'].values()):.1%} of the tokens or more are ours"
     )
     for way, stages in result["stages"].items():
         lines.append(f"{'':26} {way}: " + ", ".join(f"{stage} {value:.2f}" for stage, value in stages.items()))
@@ -331,6 +332,8 @@ def main() -> None:
     parser.add_argument("--reference_python", default="python", help="interpreter of its environment")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
+    if arguments.reference and (arguments.device, arguments.dtype) != ("cpu", "float32"):
+        parser.error("`--reference` runs on the CPU in float32: beside it, so must we.")
     torch.set_num_threads(arguments.threads)
     placement = {"device": arguments.device, "dtype": getattr(torch, arguments.dtype)}
     result: Result = {

@@ -182,10 +182,10 @@ def as_inputs(model: nn.Module, processor: Any, observations: list[Observation])
     }
     if processor.use_proprio:
         inputs["state"] = np.stack([each.state for each in observations])
-    return as_of(model, processor(**inputs))
+    return on_model(model, processor(**inputs))
 
 
-def as_of(model: nn.Module, inputs: Inputs) -> Inputs:
+def on_model(model: nn.Module, inputs: Inputs) -> Inputs:
     """Inputs on the device of the model, and those with a floating point in its dtype."""
     return {
         name: value.to(model.device, model.dtype if value.is_floating_point() else value.dtype)
@@ -204,7 +204,6 @@ class PlainPolicy:
     def __init__(self, model: nn.Module, processor: Any):
         self.model, self.processor = model, processor
         self.num_tokens = model.get_action_dim()
-        self.action_ids = torch.arange(model.config.action_token_begin, model.config.action_token_end)
 
     def preprocess(self, observations: list[Observation]) -> Inputs:
         """As [`as_inputs`], with the picture resized, cropped, converted and normalised for each tower."""
@@ -216,7 +215,7 @@ class PlainPolicy:
         if self.processor.use_proprio:
             states = np.stack([each.state for each in observations])
             inputs["proprio"] = torch.from_numpy(self.processor.normalize_state(states)).float()
-        return as_of(self.model, inputs)
+        return on_model(self.model, inputs)
 
     @staticmethod
     def _pixels(frame: np.ndarray, side: int, settings: list[dict[str, Any]]) -> torch.Tensor:

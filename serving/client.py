@@ -38,7 +38,7 @@ CLOSE_TIMEOUT = 1.0
 _JSON_HEADERS = {"Content-Type": "application/json"}
 
 
-class PolicyServerError(Exception):
+class PolicyServerError(ConnectionError):
     """
     The server has answered, and not with actions.
 

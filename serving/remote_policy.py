@@ -8,7 +8,7 @@ import numpy as np
 from evaluation.chunks import ChunkQueue, TemporalEnsemble
 from evaluation.policies import ChunkedPolicy, cameras_of
 
-from .client import PolicyClient, PolicyServerError
+from .client import PolicyClient
 
 
 class RemotePolicy(ChunkedPolicy):
@@ -67,7 +67,7 @@ class RemotePolicy(ChunkedPolicy):
         See [`ChunkedPolicy.predict_chunks`].
 
         Raises:
-            ConnectionError: If the server refuses an observation, or fails.
+            PolicyServerError: If the server refuses an observation, or fails.
             TimeoutError: If it does not answer.
         """
         observations = [
@@ -80,10 +80,7 @@ class RemotePolicy(ChunkedPolicy):
             self._clients.append(self._make_client())
         with ThreadPoolExecutor(len(observations)) as threads:
             answers = threads.map(PolicyClient.infer, self._clients, observations)
-            try:
-                return np.stack([answer.actions for answer in answers])
-            except PolicyServerError as error:
-                raise ConnectionError(f"The policy server gives no action: {error}") from error
+            return np.stack([answer.actions for answer in answers])
 
     def close(self) -> None:
         for client in self._clients:

@@ -339,7 +339,8 @@ class TestActionGraph:
                 single = {name: value[row : row + 1] for name, value in inputs.items()}
                 output = model.predict_action(**single, return_dict=True)
                 assert torch.equal(output.token_ids[0], expected.token_ids[row])
-        assert replayed == [3, 3, 3, 1, 1, 1]
+        length = inputs["input_ids"].shape[1] + model.num_image_tokens
+        assert replayed == [(3, length)] * 3 + [(1, length + 5)] * 3
 
     def test_is_left_alone_where_it_does_not_fit(self, prepared):
         model, inputs, expected = prepared
@@ -439,13 +440,13 @@ class TestActionGraph:
 
 @contextmanager
 def counted_graphs(model):
-    """A list that grows by the rows of each action that is decoded with fixed shapes."""
+    """A list that grows by the rows, and the positions of the prompt, of each action of fixed shapes."""
     graph_class = decoding_of(model).ActionGraph
     call = graph_class.__call__
-    rows: list[int] = []
+    rows: list[tuple[int, int]] = []
 
     def counting(self, inputs, draft):
-        rows.append(len(draft))
+        rows.append((len(draft), self.length))
         return call(self, inputs, draft)
 
     graph_class.__call__ = counting

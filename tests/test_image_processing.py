@@ -276,7 +276,7 @@ class TestOnDevice:
 
     @settings(max_examples=60, deadline=None)
     @given(
-        sizes=st.tuples(*[st.integers(8, 700)] * 4),
+        sizes=st.tuples(*[st.integers(8, 700)] * 2, *[st.integers(16, 400)] * 2),
         seed=st.integers(0, 2**32 - 1),
         levels=st.sampled_from([(0, 256), (0, 2), (200, 256)]),
     )
@@ -291,32 +291,69 @@ class TestOnDevice:
         resized = module.resize_pil_bicubic(planes, new_width, new_height)
         np.testing.assert_array_equal(resized.permute(1, 2, 0), expected)
 
-    @pytest.mark.parametrize("name", ["fused_resize-naive"])
-    def test_same_pixel_values(self, name):
-        processor = make_processor(RECORDS["sets"][name])
-        for images in ([STORED_IMAGES[0]], STORED_IMAGES):
-            pixels = [np.array(read_image(image).convert("RGB")) for image in images]
-            tensors = [torch.from_numpy(each) for each in pixels]
-            expected = processor(pixels)["pixel_values"]
-            assert torch.equal(processor._preprocess_on_device(tensors), expected)
-            planes = [each.permute(2, 0, 1) for each in tensors]
-            assert torch.equal(processor._preprocess_on_device(planes), expected)
+    @pytest.mark.parametrize("side", [224, 384])
+    @pytest.mark.parametrize("name", ["fused_resize-naive", "siglip_resize-naive", "openvla7b_from_pretrained"])
+    @pytest.mark.parametrize("default", [torch.float32, torch.float64])
+    def test_same_pixel_values(self, name, side, default):
+        processor = make_processor(RECORDS["sets"][name], side)
+        pixels = [np.array(read_image(image).convert("RGB")) for image in STORED_IMAGES]
+        tensors = [torch.from_numpy(each) for each in pixels]
+        expected = processor(pixels)["pixel_values"]
+        torch.set_default_dtype(default)
+        try:
+            with torch.autocast("cpu", torch.bfloat16):
+                values = processor._preprocess_on_device(tensors)
+                of_planes = processor._preprocess_on_device([each.permute(2, 0, 1) for each in tensors])
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert values.dtype == torch.float32
+        assert torch.equal(values, expected)
+        assert torch.equal(of_planes, expected)
+
+    @pytest.mark.parametrize("return_tensors", [None, "np", "pt"])
+    def test_processor_takes_them_from_there(self, processor, monkeypatch, return_tensors):
+        """`pt` alone: nothing else can be on a GPU."""
+        image_processor = processor.image_processor
+        pictures = [
+            torch.from_numpy(np.array(read_image(STORED_IMAGES[0]))),
+            torch.zeros(3, 50, 90, dtype=torch.uint8),
+        ]
+        inputs = {"instruction": ["push", "lift"], "images": pictures, "return_tensors": return_tensors}
+        expected, calls = processor(**inputs)["pixel_values"], []
+        monkeypatch.setattr(type(image_processor), "_can_stay_on_device", lambda *_: calls.append(1) or True)
+        values = processor(**inputs)["pixel_values"]
+        assert len(calls) == (return_tensors == "pt")
+        assert isinstance(values, torch.Tensor if return_tensors == "pt" else np.ndarray)
+        np.testing.assert_array_equal(values, expected)
 
     def test_sizes_are_checked(self, golden_image_processor):
         with pytest.raises(ValueError, match="both sides must be between"):
             golden_image_processor._preprocess_on_device([torch.zeros(3, 4, 100, dtype=torch.uint8)])
 
-    def test_what_stays(self):
+    def test_what_stays(self, golden_image_processor):
         """Told by stand-ins for tensors on a GPU."""
 
-        class OnGPU(torch.Tensor):
-            device = torch.device("cuda")
+        def on(number):
+            class OnGPU(torch.Tensor):
+                device = torch.device("cuda", number)
 
-        picture = torch.zeros(60, 80, 3, dtype=torch.uint8)
-        there = picture.as_subclass(OnGPU)
+            return torch.zeros(60, 80, 3, dtype=torch.uint8).as_subclass(OnGPU)
+
+        picture, there = torch.zeros(60, 80, 3, dtype=torch.uint8), on(0)
+        assert golden_image_processor._can_stay_on_device([there], True)
         squashing = make_processor(RECORDS["sets"]["fused_resize-naive"])
         assert squashing._can_stay_on_device([there, there.permute(2, 0, 1)], True)
-        for others in ([picture], [there, picture], [there.float()], [there[..., :1]], [np.asarray(picture)]):
+        huge = there.repeat(300, 1, 1)
+        for others in (
+            [picture],
+            [there, picture],
+            [there, on(1)],
+            [there.float()],
+            [there[..., :1]],
+            [there[0]],
+            [np.asarray(picture)],
+            [huge],
+        ):
             assert not squashing._can_stay_on_device(others, True)
         for record in ("fused_resize-crop", "fused_letterbox"):
             assert not make_processor(RECORDS["sets"][record])._can_stay_on_device([there], True)

@@ -119,22 +119,7 @@ def test_metadata():
 @pytest.mark.parametrize("path", REMOTE_CODE, ids=lambda path: path.name)
 def test_remote_code_imports_nothing_else(path):
     """Every import in these files is a requirement for everyone who loads a checkpoint."""
-    allowed = {
-        "collections",
-        "copy",
-        "functools",
-        "dataclasses",
-        "inspect",
-        "json",
-        "pathlib",
-        "shutil",
-        "threading",
-        "typing",
-        "numpy",
-        "torch",
-        "PIL",
-    }
-    allowed |= {"base64", "codecs", "contextlib", "io", "tokenizers", "transformers"}
+    allowed = sys.stdlib_module_names | {"numpy", "torch", "PIL", "tokenizers", "transformers"}
     source = path.read_text(encoding="utf-8")
     # The patterns that transformers looks for, in docstrings and functions too.
     found = re.findall(r"^\s*from\s+([^.\s]\S*)\s+import|^\s*import\s+(\S+)", source, flags=re.MULTILINE)
