@@ -4,10 +4,10 @@ Whether every way of decoding gives the tokens of the plain loop.
     OMP_WAIT_POLICY=passive python benchmarks/decoding_equality.py --output benchmarks/results/decoding_equality.json
 
 The plain loop is that of `plain_decoding.py`: `generate` over a growing cache, all logits, the picture processed once
-for each tower. Beside it: `predict_action` one by one, as it is (a single row is verified from a guess), with the
-previous action as a draft, with a draft that is right, and with one that is random; and the model's own `generate`,
-with a growing and with a static cache. All see 1,000 random observations, and 200 consecutive frames of the tabletop
-in which the small policy acts, in batches of 1 and of 8.
+for each tower. Beside it: `predict_action` one by one (sampled with `top_k=1`, which draws among equal logits), as it
+is (a single row is verified from a guess), with the previous action as a draft, with a draft that is right, and with
+one that is random; and the model's own `generate`, with a growing and with a static cache. All see 1,000 random
+observations, and 200 consecutive frames of the tabletop in which the small policy acts, in batches of 1 and of 8.
 
 The random ones are for the tiny golden configuration and for the small policy. Where tokens differ, the result has the
 logits of both: a difference that is no tie is an error. Ways round differently where the shapes of products do, so
