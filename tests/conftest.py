@@ -20,9 +20,14 @@ sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tools"), str(REPOSITORY / "te
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from hypothesis import settings  # noqa: E402
 from load_policy import load_policy, repository_class  # noqa: E402
 from PIL import Image  # noqa: E402
 
+
+# How long an example takes says more about the machine than about the code.
+settings.register_profile("unhurried", deadline=None)
+settings.load_profile("unhurried")
 
 GOLDEN = FIXTURES / "openvla_tiny"
 # What travels with every checkpoint.
