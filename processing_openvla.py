@@ -824,10 +824,9 @@ class OpenVLAProcessor(ProcessorMixin):
             )
         if rows is not None:
             flat = [image for row in rows for image in row]
-            as_arrays = "pt" if return_tensors == "pt" else "np"
-            pixels = self.image_processor(flat, return_tensors=as_arrays, do_center_crop=do_center_crop)[
-                "pixel_values"
-            ]
+            kind = "pt" if return_tensors == "pt" else "np"
+            seen = self.image_processor(flat, return_tensors=kind, do_center_crop=do_center_crop)
+            pixels = seen["pixel_values"]
             # (B * images, towers * 3, S, S) -> (B, images * towers * 3, S, S)
             inputs["pixel_values"] = pixels.reshape(len(rows), -1, *pixels.shape[2:])
         if state is not None:
