@@ -1,5 +1,5 @@
 PYTHON ?= python3.11
-PYTEST ?= -m pytest -n 2 --dist loadfile
+PYTEST ?= -m pytest -n 2 --dist loadfile --durations 15
 
 .PHONY: help demo test test-all quality style clean
 

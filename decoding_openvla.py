@@ -455,11 +455,11 @@ def _verify(decoder: TokenDecoder, config: OpenVLAConfig, draft: torch.Tensor) -
     new guess of those behind it, of which the next ones are read again (Jacobi's method). There are never more passes
     than tokens.
     """
-    guess, last = draft, draft.shape[1] - 1
+    guess, last, action_token_begin = draft, draft.shape[1] - 1, config.action_token_begin
     num_read = last
     logits = decoder.read(guess[:, :num_read], last + 1)  # (B, N, n_action_bins)
     while True:
-        token_ids = logits.argmax(dim=-1) + config.action_token_begin  # (B, N)
+        token_ids = logits.argmax(dim=-1) + action_token_begin  # (B, N)
         num_right = int(count_right(guess[:, :num_read], token_ids[:, :num_read]).min())
         if num_right == last:
             return token_ids, logits

@@ -6,7 +6,9 @@ import copy
 import functools
 import inspect
 import json
+import math
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,9 @@ PROCESSOR_AUTO_MAP = {
 MIN_IMAGE_SIDE, MAX_IMAGE_SIDE = 8, 8192
 
 RESAMPLINGS = ("pil_bicubic", "tf_lanczos3")
+
+# Levels of pictures, those of one with 512x512 pixels: on two cores, a second thread did not pay for less.
+MIN_VALUES_PER_THREAD = 3 * 2**18
 
 _INSTRUCTION = "What action should the robot take to {instruction}?"
 PROMPT_TEMPLATES = {
@@ -409,7 +414,7 @@ class OpenVLAImageProcessor(BaseImageProcessor):
         images = as_image_list(images)
         if return_tensors == "pt" and self._can_stay_on_device(images, do_center_crop):
             return BatchFeature({"pixel_values": self._preprocess_on_device(images)})
-        pictures = [self.resize(image) for image in images]
+        pictures = self._resize_all(images)
         if do_center_crop and self.center_crop_area is not None:
             pictures = [crop_center(picture, self.center_crop_area) for picture in pictures]
         pixels = np.stack(pictures)  # (B, S, S, 3)
@@ -476,6 +481,15 @@ class OpenVLAImageProcessor(BaseImageProcessor):
         side = self.tvf_crop_params[0]["output_size"][0]
         return pixels if pixels.shape[:2] == (side, side) else np.asarray(center_crop(Image.fromarray(pixels), side))
 
+    def _resize_all(self, images: list[ImageInput]) -> list[np.ndarray]:
+        """[`resize`] of each; large ones on as many threads as torch may use, which Pillow lets run side by side."""
+        num_values = sum(_num_values(image) for image in images)
+        num_threads = min(len(images), torch.get_num_threads(), num_values // MIN_VALUES_PER_THREAD)
+        if num_threads < 2:
+            return [self.resize(image) for image in images]
+        with ThreadPoolExecutor(num_threads) as pool:
+            return list(pool.map(self.resize, images))
+
     def _resized(self, width: int, height: int) -> tuple[int, int]:
         """Width and height after the resize, with the shorter side at a size that is one number."""
         size = self.tvf_resize_params[0]["size"]
@@ -504,6 +518,11 @@ class OpenVLAImageProcessor(BaseImageProcessor):
             raise ValueError(f"`center_crop_area` must lie in (0, 1], or be None, got {self.center_crop_area}.")
         if len({tuple(size) for size in self.input_sizes}) > 1:
             raise ValueError(f"The towers share one picture and need one size, got {self.input_sizes}.")
+
+
+def _num_values(image: Any) -> int:
+    """Levels that an image of any form holds; 0 of what is no image."""
+    return math.prod((*image.size, 3) if isinstance(image, Image.Image) else getattr(image, "shape", (0,)))
 
 
 def as_image_list(images: ImageInput | Sequence[ImageInput]) -> list[ImageInput]:

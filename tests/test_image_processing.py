@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -256,6 +257,49 @@ class TestForms:
         assert batch.shape == (3, 6, 224, 224)
         assert torch.equal(batch[::2], expected.expand(2, -1, -1, -1))
         assert torch.equal(batch[1:2], golden_image_processor(other)["pixel_values"])
+
+
+class TestThreads:
+    """Large pictures are resized side by side, on as many threads as torch may use."""
+
+    @pytest.fixture(autouse=True)
+    def two_threads(self):
+        before = torch.get_num_threads()
+        torch.set_num_threads(2)
+        yield
+        torch.set_num_threads(before)
+
+    @pytest.fixture
+    def frames(self):
+        return list(np.random.default_rng(0).integers(0, 256, (4, 480, 640, 3), dtype=np.uint8))
+
+    @pytest.mark.parametrize("resample", ["pil_bicubic", "tf_lanczos3"])
+    def test_same_pixels_in_order(self, frames, resample):
+        processor = make_processor(RECORDS["sets"]["fused_resize-naive"], resample=resample)
+        alone = torch.cat([processor(frame)["pixel_values"] for frame in frames])
+        forms = [frames[0], Image.fromarray(frames[1]), torch.from_numpy(frames[2]).permute(2, 0, 1), frames[3]]
+        assert torch.equal(processor(forms)["pixel_values"], alone)
+
+    def test_two_at_once(self, golden_image_processor, frames, monkeypatch):
+        meeting, resize = threading.Barrier(2, timeout=20), type(golden_image_processor).resize
+
+        def meet(processor, image):
+            meeting.wait()
+            return resize(processor, image)
+
+        monkeypatch.setattr(type(golden_image_processor), "resize", meet)
+        assert golden_image_processor(frames)["pixel_values"].shape == (4, 6, 224, 224)
+
+    @pytest.mark.parametrize("num_threads, side", [(1, 640), (2, 64)])
+    def test_one_after_the_other(self, golden_image_processor, monkeypatch, num_threads, side):
+        """Where torch has one thread, as in a worker of a data loader, and where the pictures are small."""
+        torch.set_num_threads(num_threads)
+        monkeypatch.setattr(sys.modules[type(golden_image_processor).__module__], "ThreadPoolExecutor", None)
+        assert golden_image_processor(np.zeros((4, side, side, 3), np.uint8))["pixel_values"].shape[0] == 4
+
+    def test_a_bad_one_among_them(self, golden_image_processor, frames):
+        with pytest.raises(ValueError, match="must lie in"):
+            golden_image_processor([*frames, np.full((480, 640, 3), 2.0, np.float32)])
 
 
 @settings(max_examples=25, deadline=None)
