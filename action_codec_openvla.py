@@ -5,11 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .configuration_openvla import OpenVLAConfig
-
-
-# Statistics that scale a number, by `norm_type`: bounds, or mean and standard deviation.
-STATISTICS_BOUNDS = {"bounds_q99": ("q01", "q99"), "bounds": ("min", "max"), "normal": ("mean", "std")}
+from .configuration_openvla import STATISTICS_BOUNDS, OpenVLAConfig
 
 
 class ActionCodec:

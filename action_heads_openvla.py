@@ -216,14 +216,15 @@ class DiffusionHead(DenoisingHead):
 
     def schedule(self, num_steps: int) -> list[tuple[float, float]]:
         """
-        Evenly spaced levels down to 0, then -1 for "no noise left".
+        Levels as far apart as so many steps allow, down to 0, then -1 for "no noise left": the "leading" spacing of
+        the reference, which begins below the highest level where `num_steps` does not divide their number.
 
         Raises:
             ValueError: If there are more steps than levels, or none.
         """
         if not 1 <= num_steps <= self.num_levels:
             raise ValueError(f"A diffusion head takes 1 to {self.num_levels} steps, got {num_steps}.")
-        times = [float(index * self.num_levels // num_steps) for index in reversed(range(num_steps))]
+        times = [float(index * (self.num_levels // num_steps)) for index in reversed(range(num_steps))]
         return list(zip(times, [*times[1:], -1.0], strict=True))
 
     def step(self, prediction: torch.Tensor, sample: torch.Tensor, time: float, next_time: float) -> torch.Tensor:

@@ -19,6 +19,8 @@ from transformers.utils.hub import try_to_load_from_cache
 logger = logging.get_logger(__name__)
 
 STATISTICS_NAME = "dataset_statistics.json"
+# Statistics that scale a number, by `norm_type`: bounds, or mean and standard deviation.
+STATISTICS_BOUNDS = {"bounds_q99": ("q01", "q99"), "bounds": ("min", "max"), "normal": ("mean", "std")}
 HUB_LOAD_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 HUB_PUSH_ARGUMENTS = (
     "repo_id",
@@ -394,6 +396,7 @@ class OpenVLAConfig(PretrainedConfig):
         self.auto_map = auto_map if "configuration_openvla" in auto_map.get("AutoConfig", "") else dict(AUTO_MAP)
         self._check_head()
         self._check_tokens()
+        self.check_statistics()
 
     @property
     def towers(self) -> list[TowerConfig]:
@@ -451,6 +454,7 @@ class OpenVLAConfig(PretrainedConfig):
             if config.norm_stats and config.norm_stats != statistics:
                 logger.info(f"{STATISTICS_NAME} ({sorted(statistics)}) replaces `norm_stats` of config.json.")
             config.norm_stats = statistics
+            config.check_statistics()
         return result
 
     @classmethod
@@ -546,8 +550,8 @@ class OpenVLAConfig(PretrainedConfig):
             raise ValueError(f"`image_token_id` {self.image_token_id} is an action token.")
         if self.head_type == "fast":
             self._check_special_tokens()
-        if self.norm_type not in ("bounds_q99", "bounds", "normal"):
-            raise ValueError(f"`norm_type` must be 'bounds_q99', 'bounds' or 'normal', got {self.norm_type!r}.")
+        if self.norm_type not in STATISTICS_BOUNDS:
+            raise ValueError(f"`norm_type` must be one of {list(STATISTICS_BOUNDS)}, got {self.norm_type!r}.")
 
     def _check_special_tokens(self) -> None:
         """A FAST vocabulary is of any size, and may reach down to tokens that have another meaning."""
@@ -591,11 +595,32 @@ class OpenVLAConfig(PretrainedConfig):
                 "`use_proprio=True` and `proprio_dim` go together, got "
                 f"`use_proprio={self.use_proprio}` and `proprio_dim={self.proprio_dim}`."
             )
-        if self.use_proprio and self.norm_stats and not any("proprio" in s for s in self.norm_stats.values()):
-            raise ValueError(
-                f"`use_proprio=True` needs `proprio` statistics, and those of {sorted(self.norm_stats)} have none."
-            )
         self._check_embodiments()
+
+    def check_statistics(self) -> None:
+        """
+        Refuse statistics of which none can be of the robot that the policy drives.
+
+        Raises:
+            ValueError: If there are some, and for no dataset what `norm_type` scales by, `action_dim` numbers, or a
+                state of `proprio_dim`.
+        """
+        if not self.norm_stats:
+            return
+        names, actions = sorted(self.norm_stats), [each["action"] for each in self.norm_stats.values()]
+        needed = STATISTICS_BOUNDS[self.norm_type]
+        if not any(set(needed) <= action.keys() for action in actions):
+            raise ValueError(
+                f"`norm_type={self.norm_type!r}` scales by {needed}, which no statistics of {names} hold."
+            )
+        sizes = {len(action["q01"]) for action in actions}
+        if self.action_dim is not None and self.action_dim not in sizes:
+            raise ValueError(f"`action_dim` is {self.action_dim}, and the actions of {names} have {sorted(sizes)}.")
+        sizes = {len(next(iter(s["proprio"].values()))) for s in self.norm_stats.values() if s.get("proprio")}
+        if self.use_proprio and not sizes:
+            raise ValueError(f"`use_proprio=True` needs `proprio` statistics, and those of {names} have none.")
+        if self.use_proprio and self.proprio_dim not in sizes:
+            raise ValueError(f"`proprio_dim` is {self.proprio_dim}, and the states of {names} have {sorted(sizes)}.")
 
     def _check_embodiments(self) -> None:
         names = self.embodiments
@@ -623,6 +648,8 @@ class OpenVLAConfig(PretrainedConfig):
         needed = ("action_dim", "fast_scale", "fast_min_token", "fast_vocab_size")
         if missing := [name for name in needed if getattr(self, name) is None]:
             raise ValueError(f"`head_type='fast'` needs {missing}; `FastTokenizer.config_fields` has its own.")
+        if not self.fast_scale > 0:
+            raise ValueError(f"`fast_scale` must be positive, got {self.fast_scale!r}.")
         if not isinstance(self.stop_token_id, int):
             raise ValueError(
                 f"`head_type='fast'` needs one `eos_token_id` in `text_config`, got {self.stop_token_id!r}."

@@ -438,7 +438,7 @@ def decode_action_tokens(
 def _decode_one_by_one(
     decoder: TokenDecoder, config: OpenVLAConfig, batch_size: int, num_tokens: int, sampling: SamplingParams
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As [`decode_action_tokens`]; on no device does the host wait for a token."""
+    """As [`decode_action_tokens`]; the host waits for no token, unless it is drawn from logits that it checks."""
     device = decoder.device
     token_ids, logits = [torch.empty(batch_size, 0, dtype=torch.long, device=device)], []
     for _ in range(num_tokens):
@@ -711,7 +711,8 @@ def check_attention(
     decode: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], embeddings: torch.Tensor, attention_mode: str
 ) -> None:
     """
-    See what each position sees: one batch in which the last token is changed, and the padding in front.
+    See what each position sees, by changing the last token, and the padding in front: without padding, as single
+    prompts are, and with it, since implementations treat them differently.
 
     Args:
         decode (`Callable`): From embeddings (B, T, H) and mask (B, T) to hidden states (B, T, H).
@@ -724,15 +725,21 @@ def check_attention(
     row, other = embeddings[:-1], embeddings[-1:]  # (T, H), (1, H)
     rows = torch.stack([row, row, torch.cat([row[:-1], other]), torch.cat([other, row[1:]])])  # (4, T, H)
     mask = torch.ones(rows.shape[:2], dtype=torch.long, device=rows.device)
-    mask[:, 0] = 0
-    hidden = decode(rows, mask)[:, 1:].float()  # (4, T - 1, H)
-    change = (hidden[1:] - hidden[0]).abs().amax(dim=-1)  # (3, T - 1)
-    # The same row twice: what differs there is rounding.
-    changed = (change[1:] > 10 * change[0].max()).tolist()
-    expected = [attention_mode == "bidirectional"] * (len(row) - 2) + [True]
-    if changed != [expected, [False] * (len(row) - 1)]:
+    padded = mask.clone()
+    padded[:, 0] = 0
+
+    def changed(hidden: torch.Tensor) -> list[list[bool]]:
+        change = (hidden[1:].float() - hidden[0].float()).abs().amax(dim=-1)  # (rows - 1, positions)
+        # The same row twice: what differs there is rounding.
+        return (change[1:] > 10 * change[0].max()).tolist()
+
+    (by_last,) = changed(decode(rows[:3], mask[:3]))
+    by_last_padded, by_padding = changed(decode(rows, padded)[:, 1:])
+    expected = [attention_mode == "bidirectional"] * (len(row) - 1) + [True]
+    if (by_last, by_last_padded, by_padding) != (expected, expected[1:], [False] * (len(row) - 1)):
         raise RuntimeError(
             f"The language model's attention is not {attention_mode}, as the configuration says. Positions that "
-            f"changed with the last token: {changed[0]}; with the padding: {changed[1]}. The attention implementation "
-            "does not follow the mask; set another one, such as `attn_implementation='sdpa'`."
+            f"changed with the last token: {by_last}, with padding in front {by_last_padded}; with the padding: "
+            f"{by_padding}. The attention implementation does not follow the mask; set another one, such as "
+            "`attn_implementation='sdpa'`."
         )

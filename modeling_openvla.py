@@ -2,6 +2,7 @@
 """OpenVLA: vision towers and projector in front of a causal language model that speaks robot actions."""
 
 import copy
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from transformers import (
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ModelOutput
-from transformers.utils import logging
+from transformers.utils import cached_file, logging
 
 from .action_codec_openvla import (
     ActionCodec,
@@ -432,12 +433,19 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
             tokenizer = FastTokenizer.load(source, config.fast_scale, config.fast_min_token, **hub_kwargs)
         except FileNotFoundError:
             return  # said by the first action
-        if tokenizer.vocab_size == config.fast_vocab_size:
+        # The file knows neither scale nor offset. A processor of another training may have been saved over it.
+        path = cached_file(source, "processor_config.json", _raise_exceptions_for_missing_entries=False, **hub_kwargs)
+        processor = {} if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
+        file = {name: processor.get(name, own) for name, own in tokenizer.config_fields.items()}
+        file["fast_vocab_size"] = tokenizer.vocab_size
+        expected = {name: getattr(config, name) for name in file}
+        if file == expected:
             self.fast_tokenizer = tokenizer
         else:
             logger.warning(
-                f"The FAST tokenizer of {source} has {tokenizer.vocab_size} tokens, and `fast_vocab_size` is "
-                f"{config.fast_vocab_size}: assign another to `model.fast_tokenizer` before the first action."
+                f"The FAST tokenizer of {source} has {file}, with what processor_config.json says, and the policy's "
+                f"configuration {expected}: assign another to `model.fast_tokenizer` before the first action, or save "
+                "the processor that was trained with the policy."
             )
 
     def save_pretrained(
@@ -503,7 +511,12 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
 
     @norm_stats.setter
     def norm_stats(self, norm_stats: dict[str, dict]) -> None:
-        self.config.norm_stats = check_statistics(norm_stats)
+        before, self.config.norm_stats = self.config.norm_stats, check_statistics(norm_stats)
+        try:
+            self.config.check_statistics()
+        except ValueError:
+            self.config.norm_stats = before
+            raise
 
     @property
     def fast_tokenizer(self) -> FastTokenizer | None:
@@ -697,6 +710,7 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
             FloatingPointError: If the logits, or the actions of a head, are not finite.
         """
         sampling = SamplingParams(do_sample, temperature, top_k, top_p, generator)
+        self._check_options(do_sample, num_inference_steps, noise)
         input_ids, attention_mask = self._complete_prompt(input_ids, attention_mask)
         statistics = select_row_statistics(self.norm_stats, unnorm_key, len(input_ids))
         size = self._action_dim(statistics[0])
@@ -871,6 +885,16 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
             return decode_fast_tokens(*prompt, self.fast_tokenizer.grammar, num_symbols=num_values, sampling=sampling)
         return decode_action_tokens(*prompt, num_tokens=num_values, sampling=sampling, draft=draft)
 
+    def _check_options(
+        self, do_sample: bool, num_inference_steps: int | None, noise: torch.FloatTensor | None
+    ) -> None:
+        """Refuse what another kind of head would need."""
+        head_type = self.config.head_type
+        if do_sample and self.config.is_continuous:
+            raise ValueError(f"`do_sample` draws tokens, and a {head_type!r} head speaks of none.")
+        if not self.config.is_denoising and (num_inference_steps is not None or noise is not None):
+            raise ValueError(f"`num_inference_steps` and `noise` mean nothing to a {head_type!r} head.")
+
     def _check_ready(self, **observation: torch.Tensor | None) -> None:
         """Refuse to act without a cache, or on what no camera or sensor sees."""
         if self.training and any(getattr(module, "gradient_checkpointing", False) for module in self.modules()):
@@ -963,8 +987,6 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         config, head = self.config, self.action_head
         device = inputs["features"].device
         if not config.is_denoising:
-            if num_inference_steps is not None or noise is not None:
-                raise ValueError(f"`num_inference_steps` and `noise` mean nothing to a {config.head_type!r} head.")
             sample = head(self._parallel_hidden(**inputs))  # (B, K, D)
         else:
             shape = (len(inputs["input_ids"]), config.chunk_size, config.action_dim)
@@ -974,7 +996,8 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
             sample = noise.to(device, torch.float32)
             is_own = torch.arange(config.action_dim, device=device) < action_dim  # (D,)
             default = config.diffusion_steps if config.head_type == "diffusion" else 10
-            num_steps = num_inference_steps or config.num_inference_steps or default
+            steps = (num_inference_steps, config.num_inference_steps, default)
+            num_steps = next(number for number in steps if number is not None)
             for time, next_time in head.schedule(num_steps):
                 level = torch.full((len(sample),), time, device=device)
                 prediction = head(self._parallel_hidden(**inputs, noisy=sample * is_own, time=level))

@@ -23,7 +23,6 @@ from transformers.processing_utils import ProcessorMixin
 from transformers.utils import cached_file, logging
 
 from .action_codec_openvla import (
-    STATISTICS_BOUNDS,
     ActionCodec,
     action_dim,
     embodiment_rows,
@@ -35,6 +34,7 @@ from .action_codec_openvla import (
 from .configuration_openvla import (
     HUB_LOAD_ARGUMENTS,
     HUB_PUSH_ARGUMENTS,
+    STATISTICS_BOUNDS,
     OpenVLAConfig,
     check_statistics,
     copy_remote_code,
@@ -887,8 +887,20 @@ class OpenVLAProcessor(ProcessorMixin):
         if not all(np.isfinite(row).all() for row in rows):
             raise ValueError(f"`state` must be finite, got {[row.tolist() for row in rows]}.")
         statistics = [self.norm_stats[key] for key in resolve_row_keys(self.norm_stats, unnorm_key, len(rows))]
+        self._check_widths(rows)
         rows = [_normalized_state(row, each, self.norm_type) for row, each in zip(rows, statistics, strict=True)]
         return _pad_numbers(rows, self.proprio_dim).astype(np.float32)
+
+    def _check_widths(self, rows: Sequence[np.ndarray]) -> None:
+        """Refuse states that no robot of the statistics makes as wide as the policy's."""
+        known = {len(next(iter(each["proprio"].values()))) for each in self.norm_stats.values() if each.get("proprio")}
+        narrow = {len(row) for row in rows} - {self.proprio_dim}
+        if self.proprio_dim is not None and narrow and self.proprio_dim not in known:
+            raise ValueError(
+                f"The policy's states have {self.proprio_dim} numbers (`proprio_dim`), and {sorted(narrow)} were "
+                f"given. Those of a robot with fewer are padded where the statistics hold a robot with "
+                f"{self.proprio_dim}, too."
+            )
 
     def decode_actions(
         self,

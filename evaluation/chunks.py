@@ -99,7 +99,7 @@ class TemporalEnsemble:
 
 
 def _checked(chunk: np.ndarray) -> np.ndarray:
-    chunk = np.asarray(chunk)
+    chunk = np.array(chunk)  # whose owner may write into it
     if chunk.ndim != 2 or not len(chunk):
         raise ValueError(f"A chunk must be of shape (K, D), got {chunk.shape}.")
     return chunk

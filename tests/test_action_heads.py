@@ -13,6 +13,7 @@ from conftest import TINY_POLICY
 from load_policy import PROCESSOR_FIELDS, load_policy, repository_class
 from PIL import Image
 from transformers import AttentionInterface, Trainer, TrainingArguments
+from transformers.masking_utils import AttentionMaskInterface
 
 
 KEY = "tabletop"
@@ -126,6 +127,18 @@ class TestConfiguration:
                 {"use_proprio": True, "proprio_dim": 2, "norm_stats": {"a": {"action": {"q01": [0], "q99": [1]}}}},
                 r"needs `proprio` statistics, and those of \['a'\] have none",
             ),
+            (
+                {"use_proprio": True, "proprio_dim": 2, "norm_stats": statistics()},
+                r"`proprio_dim` is 2, and the states of \['tabletop'\] have \[5\]",
+            ),
+            (
+                KINDS["l1"] | {"action_dim": 14, "norm_stats": statistics()},
+                r"`action_dim` is 14, and the actions of \['tabletop'\] have \[7\]",
+            ),
+            (
+                {"norm_type": "bounds", "norm_stats": {"a": {"action": {"q01": [0], "q99": [1]}}}},
+                r"scales by \('min', 'max'\), which no statistics of \['a'\] hold",
+            ),
             (BASE | {"text_config": TEXT | {"model_type": "llama", "eos_token_id": [2, 3]}}, "one `eos_token_id`"),
         ],
     )
@@ -226,6 +239,10 @@ class TestPrediction:
             ("l1", {"proprio": torch.full((1, 5), torch.nan)}, "`proprio` hold NaN"),
             ("l1", {"pixel_values": torch.zeros(1, 6, 28, 28)}, r"\(batch, 12, 28, 28\), got .* looks at 2 image"),
             ("l1", {"noise": torch.zeros(1, 3, 7)}, "mean nothing to a 'l1' head"),
+            ("tokens", {"noise": torch.zeros(1, 3, 7)}, "mean nothing to a 'tokens' head"),
+            ("causal", {"num_inference_steps": 5}, "mean nothing to a 'tokens' head"),
+            ("l1", {"do_sample": True}, "`do_sample` draws tokens, and a 'l1' head speaks of none"),
+            ("flow", {"num_inference_steps": 0}, "at least one step, got 0"),
             ("diffusion", {"noise": torch.zeros(1, 2, 7)}, r"`noise` must be of shape \(1, 3, 7\)"),
             ("diffusion", {"num_inference_steps": 51}, "takes 1 to 50 steps, got 51"),
         ],
@@ -238,7 +255,12 @@ class TestPrediction:
     def test_statistics_of_another_robot(self, policies):
         model, processor = make_policy(**KINDS["l1"])
         inputs = observations(processor, slice(1))
-        model.norm_stats = {"arm": {"action": {"q01": [0.0] * 6, "q99": [1.0] * 6}}}
+        six = {"arm": {"action": {"q01": [0.0] * 6, "q99": [1.0] * 6}}}
+        before = model.norm_stats
+        with pytest.raises(ValueError, match=r"`action_dim` is 7, and the actions of \['arm'\] have \[6\]"):
+            model.norm_stats = six
+        assert model.norm_stats == before
+        model.config.norm_stats = six
         with pytest.raises(ValueError, match=r"actions are of 7 numbers \(`action_dim`\), the statistics of 6"):
             model.predict_action(**inputs)
 
@@ -262,6 +284,14 @@ def silently_causal(module, query, key, value, attention_mask, **kwargs):
 
 def sees_padding(module, query, key, value, attention_mask, **kwargs):
     attended = torch.nn.functional.scaled_dot_product_attention(query, key, value)
+    return attended.transpose(1, 2).contiguous(), None
+
+
+def causal_without_a_mask(module, query, key, value, attention_mask, **kwargs):
+    """As a flash kernel that does not follow `is_causal`: single prompts come without a mask."""
+    attend = torch.nn.functional.scaled_dot_product_attention
+    mask = None if attention_mask is None else attention_mask[:, None, None].bool()
+    attended = attend(query, key, value, attn_mask=mask, is_causal=mask is None)
     return attended.transpose(1, 2).contiguous(), None
 
 
@@ -295,7 +325,16 @@ class TestAttention:
         model.get_decoder().register_forward_hook(lambda *_: calls.append(1))
         for _ in range(3):
             model.predict_action(**inputs)
-        assert len(calls) == 4
+        assert len(calls) == 2 + 3
+
+    def test_single_prompts_are_checked_too(self):
+        """The mask goes through the library as it does for the flash kernels, which know padding alone."""
+        AttentionInterface.register("flash_stand_in", causal_without_a_mask)
+        AttentionMaskInterface.register("flash_stand_in", lambda *args, attention_mask=None, **kwargs: attention_mask)
+        model, processor = make_policy(**KINDS["l1"])
+        model.language_model.config._attn_implementation = "flash_stand_in"  # by itself, the library looks for a kernel
+        with pytest.raises(RuntimeError, match="attention is not bidirectional, as the configuration says"):
+            model.predict_action(**observations(processor, slice(1)))
 
     @pytest.mark.parametrize("kind", ["tokens", "flow"])
     def test_implementations_agree(self, policies, kind):

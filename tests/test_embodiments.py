@@ -379,6 +379,9 @@ class TestDimensions:
         assert model.predict_action(**alone, unnorm_key="arm").shape == (CHUNK, 7)
         with pytest.raises(ValueError, match=r"`state` must be of shape .* got \[\(14,\), \(28,\)\]"):
             observations(processor, state=states[:2], unnorm_key=keys)
+        processor.norm_stats = {"arm": processor.norm_stats["arm"]}
+        with pytest.raises(ValueError, match=r"states have 28 numbers \(`proprio_dim`\), and \[14\] were given"):
+            observations(processor, slice(0, 1), state=states[0], unnorm_key="arm")
 
     def test_the_collator_mixes_robots(self, make):
         model, processor = make("l1", UNLIKE, embodiments=["arm", "two_arms"])
@@ -421,7 +424,7 @@ class TestDimensions:
             processor.normalize_actions(robot_actions(), ["arm", "two_arms", "arm"])
         with pytest.raises(ValueError, match=r"statistics are of 14 dimensions, and the values of 7"):
             observations(processor, actions=robot_actions(), unnorm_key="two_arms")
-        model.norm_stats = statistics(arm=7)
+        model.config.norm_stats = statistics(arm=7)
         with pytest.raises(ValueError, match=r"are of 14 numbers .*, the statistics of 7. Those of a robot with"):
             model.predict_action(**observations(processor), unnorm_key="arm")
 

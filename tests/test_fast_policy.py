@@ -3,6 +3,7 @@
 
 import json
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -83,6 +84,7 @@ class TestConfiguration:
             ({"action_dim": None}, r"needs \['action_dim'\]"),
             ({"fast_scale": None, "fast_min_token": None}, r"needs \['fast_scale', 'fast_min_token'\]"),
             ({"fast_vocab_size": None}, r"needs \['fast_vocab_size'\]"),
+            ({"fast_scale": -1.0}, "`fast_scale` must be positive, got -1.0"),
             ({"fast_vocab_size": 0}, "`fast_vocab_size` must be a positive integer, got 0"),
             ({"fast_vocab_size": 1025, "closing_token_id": None}, "The 1025 action tokens before id 1024 do not fit"),
             ({"fast_vocab_size": 1022}, r"The 1022 FAST tokens 2\.\.1023 would take the place of .*'eos_token_id': 2"),
@@ -402,6 +404,20 @@ class TestSaving:
         model.fast_tokenizer = other
         processor = repository_class("OpenVLAProcessor").from_pretrained(saved)
         assert model.predict_action(**observations(processor)).shape == (3, CHUNK, DIM)
+
+    def test_processor_of_another_training(self, saved, tmp_path):
+        """Its tokens are as many, and mean something else: nothing is decoded by chance."""
+        shutil.copytree(saved, tmp_path / "policy")
+        processor = repository_class("OpenVLAProcessor").from_pretrained(saved)
+        config = processor.fast_tokenizer.config_fields
+        other = FastTokenizer.fit(chunks(400, 3), vocab_size=config["fast_vocab_size"], scale=2 * config["fast_scale"])
+        assert other.vocab_size == config["fast_vocab_size"]
+        processor.fast_tokenizer = other
+        processor.save_pretrained(tmp_path / "policy")
+        model = repository_class("OpenVLAForActionPrediction").from_pretrained(tmp_path / "policy")
+        assert model.fast_tokenizer is None
+        with pytest.raises(ValueError, match="has no tokenizer"):
+            model.predict_action(**observations(processor))
 
     def test_a_base_model_without_one(self, saved, tmp_path):
         for path in saved.iterdir():

@@ -240,6 +240,8 @@ def test_noise_schedule(models, golden):
         times = [time for time, _ in head.schedule(steps)]
         kept = golden[1].get(f"diffusion.timesteps{steps}")
         assert times == kept.tolist()
+    # Where they do not divide the levels, as `timestep_spacing="leading"` of the reference's scheduler.
+    assert [time for time, _ in head.schedule(20)] == list(range(38, -1, -2))
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
@@ -311,11 +313,24 @@ class TestConversion:
             (OFTOptions(num_images=2), "give --num_images, and --chunk_size or --platform"),
             (OFTOptions(platform="aloha", num_images=3), "has {'action_dim': 7, 'proprio_dim': 8}, other than the pl"),
             (OFTOptions(platform="pr2", num_images=1), "'pr2' is not known"),
+            (OFTOptions(num_images=2, chunk_size=8), "give --norm_type or --platform"),
         ],
     )
     def test_nothing_is_guessed(self, published, tmp_path, options, message):
         with pytest.raises(ValueError, match=message):
             convert(published, tmp_path / "out", oft=options)
+
+    def test_an_adapter_that_is_no_pair(self):
+        """Half of one, or what DoRA has beside it, is nothing that could be merged."""
+        from oft_checkpoint import merge_lora
+
+        tensors = torch.load(OFT / "ckpt" / "film_lora" / FILM, weights_only=True)
+        half = next(name for name in tensors if name.endswith("attn.qkv.lora_A.default.weight"))
+        magnitude = half.replace("lora_A", "lora_magnitude_vector")
+        without = {name: tensor for name, tensor in tensors.items() if name != half}
+        for wrong in (without, tensors | {magnitude: tensors[half]}):
+            with pytest.raises(ValueError, match=r"adapter is not whole, or not plain LoRA: .*attn\.qkv"):
+                merge_lora(wrong, None)
 
     def test_two_files_of_one_component(self, published, tmp_path):
         shutil.copy(published / HEAD, published / "action_head--50000_checkpoint.pt")

@@ -82,7 +82,16 @@ def read_component(path: Path, lora_alpha: float | None = None) -> dict[str, tor
 
 
 def merge_lora(tensors: Mapping[str, torch.Tensor], lora_alpha: float | None) -> dict[str, torch.Tensor]:
-    """Tensors in which each `base_layer` has its adapter added: W + alpha / r B A, in float32."""
+    """
+    Tensors in which each `base_layer` has its adapter added: W + alpha / r B A, in float32.
+
+    Raises:
+        ValueError: If half of an adapter is missing, or belongs to no layer, or it is of another kind than LoRA.
+    """
+    pairs = {name.removesuffix(".base_layer.weight") for name in tensors if name.endswith(".base_layer.weight")}
+    needed = {f"{layer}.lora_{part}.default.weight" for layer in pairs for part in "AB"}
+    if wrong := needed ^ {name for name in tensors if ".lora_" in name}:
+        raise ValueError(f"The adapter is not whole, or not plain LoRA: {preview(sorted(wrong))}.")
     merged = {}
     for name, tensor in tensors.items():
         if ".lora_" in name:
@@ -128,12 +137,18 @@ def oft_fields(components: Mapping[str, Mapping[str, torch.Tensor]], options: OF
             "an OpenVLA-OFT checkpoint does not say how many images it looks at, or how many actions it predicts: "
             f"give --num_images, and --chunk_size or --platform ({', '.join(PLATFORMS)})."
         )
+    norm_type = options.norm_type or platform.get("norm_type")
+    if norm_type is None:
+        raise ValueError(
+            "an OpenVLA-OFT checkpoint does not say how its actions were scaled: give --norm_type or --platform "
+            f"({', '.join(PLATFORMS)})."
+        )
     fields = {
         "attention_mode": "bidirectional",
         "head_type": _head_type(components.get("action_head")),
         "chunk_size": chunk_size,
         "num_images": options.num_images,
-        "norm_type": options.norm_type or platform.get("norm_type", "bounds_q99"),
+        "norm_type": norm_type,
         "use_film": "vision_backbone" in components,
         "use_proprio": "proprio_projector" in components,
         "append_stop_token": options.stop_token,
