@@ -487,6 +487,8 @@ class OpenVLAImageProcessor(BaseImageProcessor):
         num_threads = min(len(images), torch.get_num_threads(), num_values // MIN_VALUES_PER_THREAD)
         if num_threads < 2:
             return [self.resize(image) for image in images]
+        # A file is read here: two threads must not decode one that was given twice.
+        images = [to_pil_rgb(image) if isinstance(image, Image.Image) else image for image in images]
         with ThreadPoolExecutor(num_threads) as pool:
             return list(pool.map(self.resize, images))
 

@@ -280,6 +280,15 @@ class TestThreads:
         forms = [frames[0], Image.fromarray(frames[1]), torch.from_numpy(frames[2]).permute(2, 0, 1), frames[3]]
         assert torch.equal(processor(forms)["pixel_values"], alone)
 
+    @pytest.mark.parametrize("kind", ["png", "jpeg"])
+    def test_one_file_given_twice(self, golden_image_processor, frames, tmp_path, kind):
+        Image.fromarray(frames[0]).save(tmp_path / f"frame.{kind}")
+        expected = golden_image_processor(Image.open(tmp_path / f"frame.{kind}"))["pixel_values"]
+        for _ in range(5):
+            image = Image.open(tmp_path / f"frame.{kind}")
+            values = golden_image_processor([image] * 4)["pixel_values"]
+            assert torch.equal(values, expected.expand(4, -1, -1, -1))
+
     def test_two_at_once(self, golden_image_processor, frames, monkeypatch):
         meeting, resize = threading.Barrier(2, timeout=20), type(golden_image_processor).resize
 
