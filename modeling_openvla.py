@@ -696,7 +696,8 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
             noise (`torch.FloatTensor`, *optional*): (B, K, D), what they begin with, instead of a drawn one.
             draft_token_ids (`torch.LongTensor`, *optional*): (B, K * D), tokens that may be right, such as the
                 previous action's `token_ids`. They are verified with the prompt, and save passes where they are
-                right; the result is that of greedy decoding without them. A row without a draft holds -1.
+                right; the result is that of greedy decoding without them. A row without a draft holds -1, and its
+                tokens are guessed.
             return_dict (`bool`, defaults to `False`): Return probabilities and entropy as well.
 
         Returns:
@@ -909,7 +910,7 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
     def _checked_draft(
         self, draft: torch.LongTensor | None, input_ids: torch.LongTensor, num_tokens: int, do_sample: bool
     ) -> torch.LongTensor | None:
-        """`draft` (B, `num_tokens`) beside the ids, each of them an action token."""
+        """`draft` (B, `num_tokens`) beside the ids, with a guess where there is no action token."""
         if draft is None:
             return None
         config = self.config
@@ -920,7 +921,9 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
                 f"`head_type={config.head_type!r}`."
             )
         _check_shape("draft_token_ids", draft, (len(input_ids), num_tokens))
-        return draft.to(input_ids.device, torch.long).clamp(config.action_token_begin, config.action_token_end - 1)
+        draft = draft.to(input_ids.device, torch.long)
+        is_action = (draft >= config.action_token_begin) & (draft < config.action_token_end)
+        return draft.where(is_action, guess_tokens(config, len(draft), num_tokens, draft.device))
 
     def _decode_fast_ids(self, token_ids: torch.Tensor, action_dim: int) -> np.ndarray:
         """Normalised actions (B, K * D) of FAST tokens (B, S)."""

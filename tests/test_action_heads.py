@@ -332,7 +332,9 @@ class TestAttention:
         AttentionInterface.register("flash_stand_in", causal_without_a_mask)
         AttentionMaskInterface.register("flash_stand_in", lambda *args, attention_mask=None, **kwargs: attention_mask)
         model, processor = make_policy(**KINDS["l1"])
-        model.language_model.config._attn_implementation = "flash_stand_in"  # by itself, the library looks for a kernel
+        model.language_model.config._attn_implementation = (
+            "flash_stand_in"  # by itself, the library looks for a kernel
+        )
         with pytest.raises(RuntimeError, match="attention is not bidirectional, as the configuration says"):
             model.predict_action(**observations(processor, slice(1)))
 
