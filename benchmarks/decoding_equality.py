@@ -4,10 +4,11 @@ Whether every way of decoding gives the tokens of the plain loop.
     OMP_WAIT_POLICY=passive python benchmarks/decoding_equality.py --output benchmarks/results/decoding_equality.json
 
 The plain loop is that of `plain_decoding.py`: `generate` over a growing cache, all logits, the picture processed once
-for each tower. Beside it: `predict_action` one by one (sampled with `top_k=1`, which draws among equal logits), as it
-is (a single row is verified from a guess), with the previous action as a draft, with a draft that is right, and with
-one that is random; and the model's own `generate`, with a growing and with a static cache. All see 1,000 random
-observations, and 200 consecutive frames of the tabletop in which the small policy acts, in batches of 1 and of 8.
+for each tower. Beside it: `predict_action` as it is (a single row is verified from a guess, batches go one by one),
+with the previous action as a draft, with a draft that is right, and with one that is random, and one by one with the
+library's layers and growing cache, as for models with hooks; and the model's own `generate`, with a growing and with a
+static cache. All see 1,000 random observations, and 200 consecutive frames of the tabletop in which the small policy
+acts, in batches of 1 and of 8.
 
 The random ones are for the tiny golden configuration and for the small policy. Where tokens differ, the result has the
 logits of both: a difference that is no tie is an error. Ways round differently where the shapes of products do, so
@@ -57,17 +58,24 @@ def ways(model: nn.Module, inputs: Inputs, previous: torch.Tensor, right: torch.
     begin, end = config.action_token_begin, config.action_token_end
     noise = torch.randint(begin, end, right.shape, generator=torch.Generator().manual_seed(seed))
 
-    def predict(draft: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor:
-        return model.predict_action(**inputs, draft_token_ids=draft, return_dict=True, **kwargs).token_ids
+    def predict(draft: torch.Tensor | None = None) -> torch.Tensor:
+        return model.predict_action(**inputs, draft_token_ids=draft, return_dict=True).token_ids
 
     def generate(implementation: str | None) -> torch.Tensor:
         settings = {"max_new_tokens": num_tokens, "min_new_tokens": num_tokens, "do_sample": False}
         ids = model.generate(**inputs, **settings, cache_implementation=implementation)
         return ids[:, -num_tokens:]
 
+    def predict_with_hooks() -> torch.Tensor:
+        hook = model.get_decoder().register_forward_hook(lambda *_: None)
+        try:
+            return predict()
+        finally:
+            hook.remove()
+
     return {
         "predict_action": predict,
-        "one by one": lambda: predict(do_sample=True, top_k=1),
+        "library's layers": predict_with_hooks,
         "previous draft": lambda: predict(previous),
         "right draft": lambda: predict(right),
         "random draft": lambda: predict(noise),

@@ -4,7 +4,7 @@ Time from a camera's picture to a robot's action, beside a plain implementation 
     OMP_WAIT_POLICY=passive python benchmarks/latency.py --threads 2
 
 Both ways have the same weights and see the same observations, in turns in one process; a ratio is that of two
-neighbouring actions, and the median and quartiles of all pairs are reported, by the clock and, where other programs
+actions of one round, and the median and quartiles of all pairs are reported, by the clock and, where other programs
 run too, by the processor time that the actions took. The plain way is described in `plain_decoding.py`. Ours is
 `processor(...)` and `predict_action`, in three cases: as it is, with the previous action as a draft, and with a draft
 that is right. All must give the same tokens in float32, or there is no result; in bfloat16, where logits tie, the
@@ -24,6 +24,7 @@ that yet. `--output FILE` stores the result.
 """
 
 import argparse
+import functools
 import json
 import os
 import shlex
@@ -96,7 +97,7 @@ def measure(
     model, processor = make_policy(name, **placement)
     num_recorded = model.warm_up(batch_sizes=[batch_size]) if model.device.type == "cuda" else 0
     plain, ours = PlainPolicy(model, processor), OurPolicy(model, processor)
-    batches = observe(name, model, processor, batch_size, 24 if name == SMALL else 3)
+    batches = observe(name, model, processor, batch_size, max(24, 96 // batch_size) if name == SMALL else 3)
     clock: dict[str, list[float]] = {way: [] for way in WAYS}
     processor_time: dict[str, list[float]] = {way: [] for way in WAYS}
     equal: dict[str, list[float]] = {way: [] for way in WAYS}
@@ -182,9 +183,9 @@ def our_stages(policy: OurPolicy, batches: list[list[Observation]]) -> dict[str,
         *_, inputs = record(times, "preprocessing", lambda o=observations: as_inputs(model, policy.processor, o))
         with torch.no_grad():
             record(times, "towers", lambda i=inputs: model.get_image_features(i["pixel_values"]))
-        *_, output = record(times, "all", lambda i=inputs: model.predict_action(**i, return_dict=True))
-        ids = output.token_ids
-        record(times, "one pass", lambda i=inputs, d=ids: model.predict_action(**i, draft_token_ids=d))
+        predict = functools.partial(model.predict_action, **inputs, return_dict=True)
+        ids = record(times, "all", predict)[-1].token_ids
+        record(times, "one pass", functools.partial(predict, draft_token_ids=ids))
         record(times, "detokenise", lambda t=ids: policy.processor.decode_actions(t.cpu().numpy()))
     medians = {stage: statistics.median(values) for stage, values in times.items()}
     everything, one_pass = medians.pop("all"), medians.pop("one pass")
@@ -262,8 +263,10 @@ class Reference:
     """
 
     def __init__(self, checkout: Path, python: str, name: str):
-        self._folder = tempfile.TemporaryDirectory()
         model, processor = make_policy(name)
+        if model.config.vision_backbone_id is None:
+            raise ValueError(f"The published code knows no such towers as those of {name!r}; take 'full-size towers'.")
+        self._folder = tempfile.TemporaryDirectory()
         for part in (model, processor):
             part.save_pretrained(self._folder.name)
         script = Path(__file__).resolve().parent / "reference_latency.py"

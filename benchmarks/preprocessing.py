@@ -11,7 +11,9 @@ bit, and timed in turns with the image processor, so that both see the same mach
 
 import argparse
 import json
+import os
 import platform
+import shlex
 import statistics
 import sys
 import time
@@ -81,9 +83,17 @@ def summarise(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "lower_quartile": low, "upper_quartile": high}
 
 
-def machine() -> dict[str, str | int]:
+def machine() -> dict[str, str | int | None]:
+    """What a figure depends on beside the code; Linux names its processor, others their architecture."""
     versions = {"python": platform.python_version(), "torch": torch.__version__, "pillow": PIL.__version__}
-    return {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads(), **versions}
+    information = Path("/proc/cpuinfo")
+    lines = information.read_text(encoding="utf-8").splitlines() if information.is_file() else []
+    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
+    hardware = {"processor": names[0] if names else platform.machine(), "cores": os.cpu_count()}
+    if torch.cuda.is_available():
+        hardware["gpu"] = torch.cuda.get_device_name()
+    threads = {"threads": torch.get_num_threads(), "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY")}
+    return {**hardware, **threads, **versions}
 
 
 def main() -> None:
@@ -91,7 +101,11 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=300)
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
-    result = {"machine": machine(), **measure(arguments.repetitions)}
+    result = {
+        "command": shlex.join(["python", "benchmarks/preprocessing.py", *sys.argv[1:]]),
+        "machine": {**machine(), "load_average": os.getloadavg()[0]},
+        **measure(arguments.repetitions),
+    }
     print(f"{'':16} {'median':>8} {'quartiles':>17}")
     for name in ("reference", "image_processor", "ratio"):
         row = result[name]
