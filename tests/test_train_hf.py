@@ -1122,6 +1122,7 @@ RECIPES = {
     "tabletop_from_scratch": (None, None),
     "tabletop_lora": (None, None),
     "tabletop_heads": (None, None),
+    "tabletop_flow": (None, None),
     "small_language_model": (SMALL_LM, 1_121_022_208 - 43_080_480),
     "openvla_oft_libero": (LIBERO, 107_862_016 + l1_head(7) + state_projector(8)),
     "openvla_oft_plus_aloha": (ALOHA, 107_862_016 + l1_head(14) + state_projector(14) + FILM),
