@@ -3,12 +3,13 @@ Time from a camera's picture to a robot's action, beside a plain implementation 
 
     OMP_WAIT_POLICY=passive python benchmarks/latency.py --threads 2
 
-Both ways have the same weights and see the same observations, in turns in one process; a ratio is that of two
-actions of one round, and the median and quartiles of all pairs are reported, by the clock and, where other programs
-run too, by the processor time that the actions took. The plain way is described in `plain_decoding.py`. Ours is
-`processor(...)` and `predict_action`, in three cases: as it is, with the previous action as a draft, and with a draft
-that is right. All must give the same tokens in float32, or there is no result; in bfloat16, where logits tie, the
-share of equal tokens is part of it. `--device cuda` records actions as CUDA graphs before; nobody has run that yet.
+Both ways have the same weights and see the same observations, in turns in one process, a new one for each
+configuration and batch size; a ratio is that of two actions of one round, and the median and quartiles of all pairs
+are reported, by the clock and, where other programs run too, by the processor time that the actions took. The plain
+way is described in `plain_decoding.py`. Ours is `processor(...)` and `predict_action`, in three cases: as it is, with
+the previous action as a draft, and with a draft that is right. All must give the same tokens in float32, or there is
+no result; in bfloat16, where logits tie, the share of equal tokens is part of it. `--device cuda` records actions as
+CUDA graphs before; nobody has run that yet.
 
 The small policy looks at consecutive frames of the tabletop in which it acts, the others, whose weights are random, at
 noise: they never draft well, and what is measured of them is arithmetic and overhead.
@@ -46,6 +47,7 @@ from plain_decoding import (
     Observation,
     PlainPolicy,
     as_inputs,
+    in_new_process,
     make_policy,
     random_observations,
     tabletop_observations,
@@ -138,6 +140,19 @@ def measure(
         "machine_speed": peak,
         "floor_milliseconds": floor(model, batch_size, text_length, peak),
     }
+
+
+def measure_alone(
+    name: str, batch_size: int, seconds: float, threads: int, reference: tuple[Path, str] | None, **placement: Any
+) -> Result:
+    """As [`measure`], with a number of threads, beside the published implementation where `reference` has it."""
+    torch.set_num_threads(threads)
+    beside = None if reference is None else Reference(*reference, name)
+    try:
+        return measure(name, batch_size, seconds, beside, **placement)
+    finally:
+        if beside is not None:
+            beside.close()
 
 
 def count_equal(way: str, actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> float:
@@ -337,7 +352,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.reference and (arguments.device, arguments.dtype) != ("cpu", "float32"):
         parser.error("`--reference` runs on the CPU in float32: beside it, so must we.")
-    torch.set_num_threads(arguments.threads)
+    torch.set_num_threads(arguments.threads)  # for what the result says of the machine
     placement = {"device": arguments.device, "dtype": getattr(torch, arguments.dtype)}
     result: Result = {
         "command": shlex.join(["python", "benchmarks/latency.py", *sys.argv[1:]]),
@@ -346,16 +361,15 @@ def main() -> None:
     }
     print(HEADER, flush=True)
     for name in arguments.configurations:
-        reference = None
-        if arguments.reference and name != SMALL:
-            reference = Reference(arguments.reference, arguments.reference_python, name)
         cells = result["configurations"].setdefault(name, {})
         for batch_size in arguments.batch_sizes:
-            beside = reference if batch_size == 1 else None
-            cells[batch_size] = measure(name, batch_size, arguments.seconds, beside, **placement)
+            has_reference = arguments.reference and name != SMALL and batch_size == 1
+            reference = (arguments.reference, arguments.reference_python) if has_reference else None
+            settings = (arguments.seconds, arguments.threads, reference)
+            cells[batch_size] = in_new_process(
+                functools.partial(measure_alone, **placement), name, batch_size, *settings
+            )
             print("\n".join(rows(name, batch_size, cells[batch_size])), flush=True)
-        if reference is not None:
-            reference.close()
         if arguments.output:
             arguments.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
