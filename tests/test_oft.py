@@ -107,24 +107,30 @@ def test_actions(converted, golden, pixels, run):
     kind, overrides = RUNS[run]
     model, _ = load_policy(converted(kind), dtype=torch.float32, **overrides)
     seen = {}
-    if model.action_head is not None:
-        model.action_head.register_forward_pre_hook(lambda _, inputs: seen.update(hidden=inputs[0][0]))
+    head = model.get_output_embeddings() if model.action_head is None else model.action_head
+    head.register_forward_pre_hook(lambda _, inputs: seen.update(hidden=inputs[0]))
     inputs = inputs_of(model, golden, pixels)
     output = model.predict_action(**inputs, return_dict=True)
     assert output.actions.shape == (8, 7)
-    expected = golden[1][f"{run}.actions"].numpy()
+    expected, hidden = golden[1][f"{run}.actions"].numpy(), golden[1][f"{run}.actions_hidden"]
+    assert_close(seen["hidden"].view(hidden.shape), hidden)
     if model.action_head is None:
-        assert_same_where_the_reference_is_valid(output, expected, golden[1][f"{run}.actions_hidden"], model)
+        assert_same_where_the_reference_is_valid(output, expected, hidden, model)
         return
-    assert_close(seen["hidden"], golden[1][f"{run}.actions_hidden"])
     np.testing.assert_allclose(output.actions, expected, atol=2e-5 * np.abs(expected).max())
 
 
 def assert_same_where_the_reference_is_valid(output, expected, hidden, model) -> None:
-    """The reference takes the best of the whole vocabulary, which in a random model may be no action token."""
+    """
+    The reference takes the best of the whole vocabulary, which in a random model may be no action token; ours the best
+    of the action tokens.
+    """
+    begin, end = model.config.action_token_begin, model.config.action_token_end
     with torch.no_grad():
-        best = model.get_output_embeddings()(hidden).argmax(dim=-1)  # (56,)
-    valid = (best >= model.config.action_token_begin) & (best < model.config.action_token_end)
+        logits = torch.nn.functional.linear(hidden, model.get_output_embeddings().weight)  # (56, V)
+    assert torch.equal(output.token_ids[0], begin + logits[:, begin:end].argmax(dim=-1))
+    best = logits.argmax(dim=-1)
+    valid = (best >= begin) & (best < end)
     assert (output.token_ids[0][valid] == best[valid]).all()
     where = valid.view(8, 7).numpy()
     assert where.sum() >= 3
