@@ -6,10 +6,11 @@ flow matching and FAST.
 
 All start from one policy, whose towers and language model they take over, and learn through `train_hf.py` with
 recipes/tabletop_heads.yaml from the same demonstrations, in the same order and number of steps; heads that the policy
-has not got begin anew. The policy of this repository speaks in tokens one by one: that row goes on where it stood,
-and the others have everything to learn. `tools/evaluate_policy.py` rolls each out in the same unseen scenes. Times of
-an action are medians of single observations, taken in turn. `--output FILE` stores the result. What lies in `--folder`
-already is not made again; flags that this command does not know go to `train_hf.py`.
+has not got begin anew, and with `--cameras image wrist_image` it looks at two pictures. The policy of this repository
+speaks in tokens one by one: that row goes on where it stood, and the others have everything to learn.
+`tools/evaluate_policy.py` rolls each out in the same unseen scenes. Times of an action are medians of single
+observations, taken in turn. `--output FILE` stores the result. What lies in `--folder` already is not made again;
+flags that this command does not know go to `train_hf.py`.
 """
 
 import argparse
@@ -50,14 +51,14 @@ HEADS = {
 RECORDING_SEED, FIRST_SEED, TIMED_SCENE = 40, 700_000, 99
 
 
-def record(folder: Path, policy: Path, episodes: int) -> Path:
+def record(folder: Path, policy: Path, episodes: int, cameras: list[str]) -> Path:
     """Demonstrations of every task with what the policy has been taught to handle."""
     output = folder / "demonstrations"
     if not (output / "meta" / "info.json").is_file():
         side = json.loads((policy / "config.json").read_text())["image_sizes"][0]
         flags = {"episodes": episodes, "seed": RECORDING_SEED, "image_size": side, "detour": 0.5, "output": output}
-        flags |= {"cameras": "image", "num_workers": 2}
-        run(["-m", "tabletop.record", "--hold_out", *HELD_OUT, *as_flags(flags)])
+        flags |= {"num_workers": 2}
+        run(["-m", "tabletop.record", "--hold_out", *HELD_OUT, "--cameras", *cameras, *as_flags(flags)])
     return output
 
 
@@ -121,6 +122,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--policy", type=Path, default=REPOSITORY)
     parser.add_argument("--heads", nargs="+", choices=HEADS, default=list(HEADS))
+    parser.add_argument("--cameras", nargs="+", default=["image"], choices=["image", "wrist_image"])
     parser.add_argument("--demonstrations", type=int, default=1500)
     parser.add_argument("--rollouts", type=int, default=50, help="of each task")
     parser.add_argument("--repetitions", type=int, default=50, help="of each timed prediction")
@@ -129,12 +131,13 @@ def main() -> None:
     arguments, flags = parser.parse_known_args()
     folder, policy = arguments.folder.resolve(), arguments.policy.resolve()
     counts = {name: getattr(arguments, name) for name in ("demonstrations", "rollouts")}
-    check_folder(folder, {"policy": str(policy), **counts, "flags": flags})
-    dataset = record(folder, policy, arguments.demonstrations)
+    check_folder(folder, {"policy": str(policy), **counts, "cameras": arguments.cameras, "flags": flags})
+    dataset = record(folder, policy, arguments.demonstrations, arguments.cameras)
+    flags = [*as_flags({"num_images": len(arguments.cameras)}), *flags]
     trained, runs = {}, {}
     for name in arguments.heads:
         trained[name], seconds = train(folder, policy, dataset, name, flags)
-        runs[name] = {"flags": HEADS[name], "training_seconds": seconds}
+        runs[name] = {"flags": HEADS[name], "cameras": arguments.cameras, "training_seconds": seconds}
         runs[name]["success"] = evaluate(trained[name], arguments.rollouts)
     for name, figures in time_predictions(trained, arguments.repetitions).items():
         runs[name] |= figures
