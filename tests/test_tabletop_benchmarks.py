@@ -91,17 +91,19 @@ def test_few_shot(tmp_path, monkeypatch, commands):
         few_shot.main()
 
 
-def test_heads(tmp_path, monkeypatch, commands):
+@pytest.mark.parametrize("cameras", [["image"], ["image", "wrist_image"]])
+def test_heads(tmp_path, monkeypatch, commands, cameras):
     def time_predictions(policies, repetitions):
         return {name: {"prediction_ms": 8.0, "action_ms": 1.0, "actions_per_prediction": 8} for name in policies}
 
     monkeypatch.setattr(heads, "time_predictions", time_predictions)
     output = tmp_path / "heads.json"
     flags = ["--policy", str(TINY_POLICY), "--folder", str(tmp_path / "runs"), "--output", str(output)]
-    monkeypatch.setattr(sys, "argv", ["heads.py", *flags, "--max_steps", "3"])
+    monkeypatch.setattr(sys, "argv", ["heads.py", *flags, "--cameras", *cameras, "--max_steps", "3"])
     heads.main()
     (recorded,) = commands.recorded
-    assert recorded.hold_out == list(HELD_OUT)
+    assert (recorded.hold_out, recorded.cameras) == (list(HELD_OUT), cameras)
+    assert {model.num_images for model, _, _ in commands.trained} == {len(cameras)}
     assert [model.head_type for model, _, _ in commands.trained] == [
         each.get("head_type") for each in heads.HEADS.values()
     ]
