@@ -396,7 +396,7 @@ class OpenVLAConfig(PretrainedConfig):
         self.auto_map = auto_map if "configuration_openvla" in auto_map.get("AutoConfig", "") else dict(AUTO_MAP)
         self._check_head()
         self._check_tokens()
-        self.check_statistics()
+        self.check_norm_stats()
 
     @property
     def towers(self) -> list[TowerConfig]:
@@ -454,7 +454,7 @@ class OpenVLAConfig(PretrainedConfig):
             if config.norm_stats and config.norm_stats != statistics:
                 logger.info(f"{STATISTICS_NAME} ({sorted(statistics)}) replaces `norm_stats` of config.json.")
             config.norm_stats = statistics
-            config.check_statistics()
+            config.check_norm_stats()
         return result
 
     @classmethod
@@ -597,7 +597,7 @@ class OpenVLAConfig(PretrainedConfig):
             )
         self._check_embodiments()
 
-    def check_statistics(self) -> None:
+    def check_norm_stats(self) -> None:
         """
         Refuse statistics of which none can be of the robot that the policy drives.
 

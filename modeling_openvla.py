@@ -513,7 +513,7 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
     def norm_stats(self, norm_stats: dict[str, dict]) -> None:
         before, self.config.norm_stats = self.config.norm_stats, check_statistics(norm_stats)
         try:
-            self.config.check_statistics()
+            self.config.check_norm_stats()
         except ValueError:
             self.config.norm_stats = before
             raise
