@@ -300,7 +300,7 @@ class TestGiven:
         (("--head_type", "tokens", *VOCAB), r"--fast_vocab_size 200 is for policies .* not for 'tokens'"),
         ((*FIT, "--fast_tokenizer", "a/b"), r"--fast_tokenizer a/b has .* own: leave out --fast_vocab_size 200"),
         ((*FAST, "--fast_vocab_size", "20"), "different coefficients, more than `vocab_size` 20: raise it"),
-        ((*FIT, "--fast_scale", "0"), "`scale` must be a positive number"),
+        ((*FIT, "--fast_scale", "0"), "`fast_scale` must be positive, got 0.0"),
     ],
 )
 def test_refused(recorded, tmp_path, more, message):  # noqa: F811
