@@ -173,7 +173,7 @@ class DenoisingHead(nn.Module):
         raise NotImplementedError
 
     def schedule(self, num_steps: int) -> list[tuple[float, float]]:
-        """Noise levels of the passes, from pure noise on, each with the one that its pass leads to."""
+        """Noise levels of the passes, each with the one that its pass leads to."""
         raise NotImplementedError
 
     def step(self, prediction: torch.Tensor, sample: torch.Tensor, time: float, next_time: float) -> torch.Tensor:
@@ -217,7 +217,8 @@ class DiffusionHead(DenoisingHead):
     def schedule(self, num_steps: int) -> list[tuple[float, float]]:
         """
         Levels as far apart as so many steps allow, down to 0, then -1 for "no noise left": the "leading" spacing of
-        the reference, which begins below the highest level where `num_steps` does not divide their number.
+        the reference. Of 50 levels, 10 steps begin at 45 and 5 at 40, as if the noise that they begin with were such a
+        level's; 26 to 49 steps take neighbouring levels and begin as low as 25.
 
         Raises:
             ValueError: If there are more steps than levels, or none.

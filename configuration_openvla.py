@@ -241,6 +241,12 @@ def check_statistics(norm_stats: dict[str, dict]) -> dict[str, dict]:
     return checked
 
 
+def state_dims(norm_stats: dict[str, dict]) -> set[int]:
+    """How many numbers the states of the datasets have, of those that have one."""
+    blocks = [statistics.get("proprio") for statistics in norm_stats.values()]
+    return {len(values) for block in blocks if isinstance(block, dict) for values in block.values()}
+
+
 def _check_block(dataset: str, name: str, block: dict[str, Any]) -> dict[str, list]:
     """One of `action` and `proprio`: a list of numbers, or of booleans for the mask, per statistic."""
     block = {key: np.asarray(value).tolist() for key, value in block.items() if value is not None}
@@ -396,7 +402,7 @@ class OpenVLAConfig(PretrainedConfig):
         self.auto_map = auto_map if "configuration_openvla" in auto_map.get("AutoConfig", "") else dict(AUTO_MAP)
         self._check_head()
         self._check_tokens()
-        self.check_norm_stats()
+        self.check_norm_stats(self.norm_stats)
 
     @property
     def towers(self) -> list[TowerConfig]:
@@ -447,15 +453,10 @@ class OpenVLAConfig(PretrainedConfig):
         `norm_stats` whole: fine-tuned checkpoints carry the base model's statistics in their config.json.
         """
         hub_kwargs = {name: kwargs[name] for name in HUB_LOAD_ARGUMENTS if kwargs.get(name) is not None}
-        result = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        config = result[0] if isinstance(result, tuple) else result
         statistics = load_statistics(pretrained_model_name_or_path, **hub_kwargs)
-        if statistics is not None and "norm_stats" not in kwargs:
-            if config.norm_stats and config.norm_stats != statistics:
-                logger.info(f"{STATISTICS_NAME} ({sorted(statistics)}) replaces `norm_stats` of config.json.")
-            config.norm_stats = statistics
-            config.check_norm_stats()
-        return result
+        if statistics is not None:
+            kwargs.setdefault("norm_stats", statistics)
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
@@ -463,6 +464,9 @@ class OpenVLAConfig(PretrainedConfig):
         config_dict = dict(config_dict)
         arguments = inspect.signature(cls.__init__).parameters.keys() - {"self", "kwargs"}
         overrides = {name: kwargs.pop(name) for name in arguments & kwargs.keys()}
+        stale = config_dict.get("norm_stats")
+        if stale and overrides.get("norm_stats", stale) != stale:
+            logger.info(f"The statistics of {sorted(overrides['norm_stats'])} replace `norm_stats` of config.json.")
         if {"vision_backbone_id", "tower_configs"} & overrides.keys():
             for name in ("use_fused_vision_backbone", "arch_specifier"):
                 config_dict.pop(name, None)
@@ -597,7 +601,7 @@ class OpenVLAConfig(PretrainedConfig):
             )
         self._check_embodiments()
 
-    def check_norm_stats(self) -> None:
+    def check_norm_stats(self, norm_stats: dict[str, dict]) -> None:
         """
         Refuse statistics of which none can be of the robot that the policy drives.
 
@@ -605,9 +609,9 @@ class OpenVLAConfig(PretrainedConfig):
             ValueError: If there are some, and for no dataset what `norm_type` scales by, `action_dim` numbers, or a
                 state of `proprio_dim`.
         """
-        if not self.norm_stats:
+        if not norm_stats:
             return
-        names, actions = sorted(self.norm_stats), [each["action"] for each in self.norm_stats.values()]
+        names, actions = sorted(norm_stats), [each["action"] for each in norm_stats.values()]
         needed = STATISTICS_BOUNDS[self.norm_type]
         if not any(set(needed) <= action.keys() for action in actions):
             raise ValueError(
@@ -615,12 +619,18 @@ class OpenVLAConfig(PretrainedConfig):
             )
         sizes = {len(action["q01"]) for action in actions}
         if self.action_dim is not None and self.action_dim not in sizes:
-            raise ValueError(f"`action_dim` is {self.action_dim}, and the actions of {names} have {sorted(sizes)}.")
-        sizes = {len(next(iter(s["proprio"].values()))) for s in self.norm_stats.values() if s.get("proprio")}
+            raise ValueError(
+                f"`action_dim` is {self.action_dim}, and the actions of {names} have {sorted(sizes)}: give the "
+                "statistics of the policy's robot, too (`norm_stats`)."
+            )
+        sizes = state_dims(norm_stats)
         if self.use_proprio and not sizes:
             raise ValueError(f"`use_proprio=True` needs `proprio` statistics, and those of {names} have none.")
         if self.use_proprio and self.proprio_dim not in sizes:
-            raise ValueError(f"`proprio_dim` is {self.proprio_dim}, and the states of {names} have {sorted(sizes)}.")
+            raise ValueError(
+                f"`proprio_dim` is {self.proprio_dim}, and the states of {names} have {sorted(sizes)}: give the "
+                "statistics of the policy's robot, too (`norm_stats`)."
+            )
 
     def _check_embodiments(self) -> None:
         names = self.embodiments

@@ -511,12 +511,9 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
 
     @norm_stats.setter
     def norm_stats(self, norm_stats: dict[str, dict]) -> None:
-        before, self.config.norm_stats = self.config.norm_stats, check_statistics(norm_stats)
-        try:
-            self.config.check_norm_stats()
-        except ValueError:
-            self.config.norm_stats = before
-            raise
+        norm_stats = check_statistics(norm_stats)
+        self.config.check_norm_stats(norm_stats)
+        self.config.norm_stats = norm_stats
 
     @property
     def fast_tokenizer(self) -> FastTokenizer | None:

@@ -39,6 +39,7 @@ from .configuration_openvla import (
     check_statistics,
     copy_remote_code,
     load_statistics,
+    state_dims,
 )
 from .fast_tokenizer_openvla import FastTokenizer, ids_to_tokens, tokens_to_ids
 
@@ -482,7 +483,7 @@ class OpenVLAImageProcessor(BaseImageProcessor):
         return pixels if pixels.shape[:2] == (side, side) else np.asarray(center_crop(Image.fromarray(pixels), side))
 
     def _resize_all(self, images: list[ImageInput]) -> list[np.ndarray]:
-        """[`resize`] of each; large ones on as many threads as torch may use, which Pillow lets run side by side."""
+        """[`resize`] of each; large ones on as many threads as torch may use: neither Pillow nor numpy stops them."""
         num_values = sum(_num_values(image) for image in images)
         num_threads = min(len(images), torch.get_num_threads(), num_values // MIN_VALUES_PER_THREAD)
         if num_threads < 2:
@@ -895,9 +896,8 @@ class OpenVLAProcessor(ProcessorMixin):
 
     def _check_widths(self, rows: Sequence[np.ndarray]) -> None:
         """Refuse states that no robot of the statistics makes as wide as the policy's."""
-        known = {len(next(iter(each["proprio"].values()))) for each in self.norm_stats.values() if each.get("proprio")}
-        narrow = {len(row) for row in rows} - {self.proprio_dim}
-        if self.proprio_dim is not None and narrow and self.proprio_dim not in known:
+        narrow = {len(row) for row in rows if len(row) < (self.proprio_dim or 0)}
+        if narrow and self.proprio_dim not in state_dims(self.norm_stats):
             raise ValueError(
                 f"The policy's states have {self.proprio_dim} numbers (`proprio_dim`), and {sorted(narrow)} were "
                 f"given. Those of a robot with fewer are padded where the statistics hold a robot with "

@@ -6,7 +6,7 @@ flow matching and FAST.
 
 All start from one policy, whose towers and language model they take over, and learn through `train_hf.py` with
 recipes/tabletop_heads.yaml from the same demonstrations, in the same order and number of steps; heads that the policy
-has not got begin anew, and with `--cameras image wrist_image` it looks at two pictures. The policy of this repository
+has not got begin anew, and with `--num_images 2` it looks at two pictures. The policy of this repository
 speaks in tokens one by one: that row goes on where it stood, and the others have everything to learn.
 `tools/evaluate_policy.py` rolls each out in the same unseen scenes. Times of an action are medians of single
 observations, taken in turn. `--output FILE` stores the result. What lies in `--folder` already is not made again;
@@ -20,6 +20,7 @@ import shlex
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from load_policy import load_policy  # noqa: E402
 from preprocessing import machine  # noqa: E402
 from training_modes import as_flags, run, versions  # noqa: E402
 
-from evaluation.policies import ModelPolicy  # noqa: E402
+from evaluation.policies import ModelPolicy, cameras_of  # noqa: E402
 from tabletop.environment import TabletopEnv  # noqa: E402
 from tabletop.scene import HELD_OUT  # noqa: E402
 
@@ -51,7 +52,7 @@ HEADS = {
 RECORDING_SEED, FIRST_SEED, TIMED_SCENE = 40, 700_000, 99
 
 
-def record(folder: Path, policy: Path, episodes: int, cameras: list[str]) -> Path:
+def record(folder: Path, policy: Path, episodes: int, cameras: Sequence[str]) -> Path:
     """Demonstrations of every task with what the policy has been taught to handle."""
     output = folder / "demonstrations"
     if not (output / "meta" / "info.json").is_file():
@@ -122,7 +123,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--policy", type=Path, default=REPOSITORY)
     parser.add_argument("--heads", nargs="+", choices=HEADS, default=list(HEADS))
-    parser.add_argument("--cameras", nargs="+", default=["image"], choices=["image", "wrist_image"])
+    parser.add_argument("--num_images", type=int, default=1, choices=[1, 2], help="2 is with the wrist's camera")
     parser.add_argument("--demonstrations", type=int, default=1500)
     parser.add_argument("--rollouts", type=int, default=50, help="of each task")
     parser.add_argument("--repetitions", type=int, default=50, help="of each timed prediction")
@@ -130,14 +131,14 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="JSON file")
     arguments, flags = parser.parse_known_args()
     folder, policy = arguments.folder.resolve(), arguments.policy.resolve()
-    counts = {name: getattr(arguments, name) for name in ("demonstrations", "rollouts")}
-    check_folder(folder, {"policy": str(policy), **counts, "cameras": arguments.cameras, "flags": flags})
-    dataset = record(folder, policy, arguments.demonstrations, arguments.cameras)
-    flags = [*as_flags({"num_images": len(arguments.cameras)}), *flags]
+    counts = {name: getattr(arguments, name) for name in ("num_images", "demonstrations", "rollouts")}
+    check_folder(folder, {"policy": str(policy), **counts, "flags": flags})
+    dataset = record(folder, policy, arguments.demonstrations, cameras_of(arguments.num_images))
+    flags = [*as_flags({"num_images": arguments.num_images}), *flags]
     trained, runs = {}, {}
     for name in arguments.heads:
         trained[name], seconds = train(folder, policy, dataset, name, flags)
-        runs[name] = {"flags": HEADS[name], "cameras": arguments.cameras, "training_seconds": seconds}
+        runs[name] = {"flags": HEADS[name], "num_images": arguments.num_images, "training_seconds": seconds}
         runs[name]["success"] = evaluate(trained[name], arguments.rollouts)
     for name, figures in time_predictions(trained, arguments.repetitions).items():
         runs[name] |= figures

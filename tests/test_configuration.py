@@ -256,6 +256,18 @@ class TestStatistics:
         assert config_class.from_pretrained(source).norm_stats == fresh
         assert config_class.from_pretrained(source / "config.json").norm_stats == fresh
 
+    def test_stale_statistics_are_not_judged(self, config_class, source):
+        """A fine-tuned OpenVLA-OFT has the base model's in its config.json, of other robots than it drives."""
+        bounds = {"q01": [0.0] * 14, "q99": [1.0] * 14}
+        bimanual = {"action": bounds, "proprio": bounds}
+        (source / "dataset_statistics.json").write_text(json.dumps({"aloha": bimanual}))
+        asked = {"action_dim": 14, "use_proprio": True, "proprio_dim": 14}
+        assert sorted(config_class.from_pretrained(source, **asked).norm_stats) == ["aloha"]
+        (source / "dataset_statistics.json").unlink()
+        with pytest.raises(ValueError, match=r"`action_dim` is 14, and the actions of \['bridge_orig', 'toy_5dof_no"):
+            config_class.from_pretrained(source, **asked)
+        assert config_class.from_pretrained(source, **asked, norm_stats={"aloha": bimanual}).action_dim == 14
+
     def test_config_is_used_without_the_file(self, config_class, source):
         (source / "dataset_statistics.json").unlink()
         assert sorted(config_class.from_pretrained(source).norm_stats) == ["bridge_orig", "toy_5dof_nomask"]

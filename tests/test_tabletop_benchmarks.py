@@ -99,7 +99,7 @@ def test_heads(tmp_path, monkeypatch, commands, cameras):
     monkeypatch.setattr(heads, "time_predictions", time_predictions)
     output = tmp_path / "heads.json"
     flags = ["--policy", str(TINY_POLICY), "--folder", str(tmp_path / "runs"), "--output", str(output)]
-    monkeypatch.setattr(sys, "argv", ["heads.py", *flags, "--cameras", *cameras, "--max_steps", "3"])
+    monkeypatch.setattr(sys, "argv", ["heads.py", *flags, "--num_images", str(len(cameras)), "--max_steps", "3"])
     heads.main()
     (recorded,) = commands.recorded
     assert (recorded.hold_out, recorded.cameras) == (list(HELD_OUT), cameras)

@@ -8,8 +8,9 @@ What SOURCE is follows from its config.json:
 - a checkpoint in the Hugging Face format, published or ours: a directory or a Hub id. The code that comes with it is
   never run; this checkout's code replaces it.
 - the same with the files of OpenVLA-OFT beside it (action_head--*.pt, ...), which become part of the repository. How
-  many images and actions they are for, they do not say: --num_images, and --platform or --chunk_size. With these
-  options a checkpoint without such files becomes one that decodes its action tokens in one pass.
+  many images and actions they are for, and how these were scaled, they do not say: --num_images, and --platform or
+  --chunk_size and --norm_type. With these options a checkpoint without such files becomes one that decodes its action
+  tokens in one pass.
 - a native Prismatic checkpoint of a VLA: a run directory with config.json, dataset_statistics.json and checkpoints/,
   a .pt file in there, or a Hub id with these files. Its language model's tokenizer is given with --tokenizer.
 - a native Prismatic checkpoint of a plain VLM, to start a training from. Its vision towers were frozen and are
@@ -332,7 +333,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     oft.add_argument("--platform", choices=tuple(PLATFORMS), help="whose chunk length and normalisation to take")
     oft.add_argument("--num_images", type=int, metavar="N", help="camera images per observation")
     oft.add_argument("--chunk_size", type=int, metavar="K", help="actions per prediction")
-    oft.add_argument("--norm_type", choices=("bounds_q99", "bounds", "normal"), help="instead of the platform's")
+    oft.add_argument("--norm_type", choices=("bounds_q99", "bounds", "normal"), help="how actions were scaled")
     oft.add_argument("--no_stop_token", action="store_true", help="no end-of-sequence token behind the actions")
     return parser.parse_args(arguments)
 

@@ -38,7 +38,7 @@ class OFTOptions:
     Args:
         platform (`str`, *optional*): One of `PLATFORMS`.
         num_images (`int`, *optional*): Camera images per observation.
-        chunk_size (`int`, *optional*), norm_type (`str`, *optional*): Instead of the platform's.
+        chunk_size (`int`, *optional*), norm_type (`str`, *optional*): Instead of the platform's, or without one.
         stop_token (`bool`, defaults to `True`): Whether the end-of-sequence token follows the actions; one dialect of
             reinforcement-learning checkpoints was trained without it.
     """
