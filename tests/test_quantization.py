@@ -385,3 +385,45 @@ def test_the_shipped_policy_in_4_bits(camera_image):
 def test_a_dictionary_is_a_quantization_config_too(checkpoint, load):
     model = load(checkpoint, dtype=torch.bfloat16, quantization_config={"load_in_4bit": True})
     assert_only_the_language_model_is_quantized(model, layer_type("nf4"))
+
+
+class TestTorchao:
+    """
+    Weights of 8 and 4 bits, with a library that changes a loaded model. Where it is installed, transformers and peft
+    import it, which takes each process seconds: it is not among the tests' requirements.
+    """
+
+    @pytest.fixture(scope="class", params=["int8", "int4"])
+    def models(self, request: pytest.FixtureRequest, checkpoint: Path):
+        """The language model's layers quantised, and with weights of 16 bits that have the quantised values."""
+        torchao = pytest.importorskip("torchao.quantization", reason="torchao is not installed: pip install torchao")
+        config = torchao.Int8WeightOnlyConfig()
+        if request.param == "int4":
+            config = torchao.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=torchao.PerGroup(32))
+        quantized, rounded = (through_auto_class(checkpoint, dtype=torch.float32) for _ in range(2))
+        torchao.quantize_(quantized.get_decoder(), config)
+        layers = linear_layers(quantized.get_decoder())
+        for name, layer in linear_layers(rounded.get_decoder()).items():
+            layer.weight.data = layers[name].weight.dequantize()
+        return quantized, rounded
+
+    def test_only_layers_of_the_language_model(self, models, full_model):
+        quantized, rounded = models
+        changed = {
+            name
+            for name, parameter in full_model.named_parameters()
+            if not torch.equal(parameter.float(), rounded.get_parameter(name))
+        }
+        layers = {f"{name}.weight" for name in linear_layers(full_model) if ".model.layers." in name}
+        assert changed == layers
+        assert all(type(quantized.get_parameter(name)) is not nn.Parameter for name in layers)
+
+    def test_acts_as_the_quantised_values_say(self, models, checkpoint, camera_image):
+        quantized, rounded = models
+        inputs = published_inputs(checkpoint, quantized, camera_image)
+        inputs["pixel_values"] = inputs["pixel_values"].float()
+        outputs = [
+            model.predict_action(**inputs, unnorm_key=DATASET, return_dict=True) for model in (quantized, rounded)
+        ]
+        torch.testing.assert_close(outputs[0].probabilities, outputs[1].probabilities, atol=1e-5, rtol=1e-3)
+        assert torch.equal(outputs[0].token_ids, outputs[1].token_ids)
