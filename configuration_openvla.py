@@ -381,8 +381,7 @@ class OpenVLAConfig(PretrainedConfig):
         self.use_film = use_film
         self.embodiments, self.embodiment_adapter_dim = embodiments, embodiment_adapter_dim
         self.append_stop_token = append_stop_token
-        self.fast_scale, self.fast_min_token = fast_scale, fast_min_token
-        self.fast_vocab_size = fast_vocab_size
+        self.fast_scale, self.fast_min_token, self.fast_vocab_size = fast_scale, fast_min_token, fast_vocab_size
         self.diffusion_steps, self.num_inference_steps = diffusion_steps, num_inference_steps
         self.pad_to_multiple_of = pad_to_multiple_of
         self.llm_max_length = llm_max_length

@@ -693,8 +693,7 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
             noise (`torch.FloatTensor`, *optional*): (B, K, D), what they begin with, instead of a drawn one.
             draft_token_ids (`torch.LongTensor`, *optional*): (B, K * D), tokens that may be right, such as the
                 previous action's `token_ids`. They are verified with the prompt, and save passes where they are
-                right; the result is that of greedy decoding without them. A row without a draft holds -1, and its
-                tokens are guessed.
+                right; the result is that of greedy decoding without them. What is no action token, as -1, is guessed.
             return_dict (`bool`, defaults to `False`): Return probabilities and entropy as well.
 
         Returns:

@@ -6,11 +6,11 @@ flow matching and FAST.
 
 All start from one policy, whose towers and language model they take over, and learn through `train_hf.py` with
 recipes/tabletop_heads.yaml from the same demonstrations, in the same order and number of steps; heads that the policy
-has not got begin anew, and with `--num_images 2` it looks at two pictures. The policy of this repository
-speaks in tokens one by one: that row goes on where it stood, and the others have everything to learn.
-`tools/evaluate_policy.py` rolls each out in the same unseen scenes. Times of an action are medians of single
-observations, taken in turn. `--output FILE` stores the result. What lies in `--folder` already is not made again;
-flags that this command does not know go to `train_hf.py`.
+has not got begin anew, and with `--num_images 2` all look at two pictures. The policy of this repository speaks in
+tokens one by one: that row goes on where it stood, and the others have everything to learn. `tools/evaluate_policy.py`
+rolls each out in the same unseen scenes. Times of an action are medians of single observations, taken in turn.
+`--output FILE` stores the result. What lies in `--folder` already is not made again; flags that this command does not
+know go to `train_hf.py`.
 """
 
 import argparse
