@@ -74,7 +74,7 @@ def action_logits_function(head: nn.Module, config: OpenVLAConfig) -> Callable[[
     quantised, hooked or offloaded one computes all rows.
     """
     rows = slice(config.action_token_begin, config.action_token_end)
-    if type(head) is not nn.Linear or _has_hooks(head):
+    if type(head) is not nn.Linear or has_hooks(head):
         return lambda hidden: head(hidden)[..., rows]
     bias = None if head.bias is None else head.bias[rows]
     return lambda hidden: nn.functional.linear(hidden, head.weight[rows], bias)
@@ -265,7 +265,7 @@ def why_not_static(decoder: nn.Module, device: torch.device) -> str | None:
             return f"a layer is made of {kinds} and not of {_LLAMA_PARTS}"
     if decoder.training and decoder.config.attention_dropout:
         return "it is in training, with dropout"
-    if any(_has_hooks(part) for part in decoder.modules()):
+    if any(has_hooks(part) for part in decoder.modules()):
         return "its layers have hooks (as with offloading, or on several devices), or are compiled"
     return None
 
@@ -276,7 +276,7 @@ def _kind_of(module: nn.Module) -> str:
     return name if source == _LLAMA else f"{name} of {source}"
 
 
-def _has_hooks(module: nn.Module) -> bool:
+def has_hooks(module: nn.Module) -> bool:
     """
     Whether calling `module` does something beside what its class does.
 

@@ -6,9 +6,9 @@ Whether every way of decoding gives the tokens of the plain loop.
 The plain loop is that of `plain_decoding.py`: `generate` over a growing cache, all logits, the picture processed once
 for each tower. Beside it: `predict_action` as it is (a single row is verified from a guess, batches go one by one),
 with the previous action as a draft, with a draft that is right, and with one that is random, and one by one with the
-library's layers and growing cache, as for models with hooks; and the model's own `generate`, with a growing and with a
-static cache. All see 1,000 random observations, and 200 consecutive frames of the tabletop in which the small policy
-acts, in batches of 1 and of 8.
+library's layers and growing cache, as for models with hooks; as it is after `warm_up`, where that prepares something
+(in float32 on a CPU); and the model's own `generate`, with a growing and with a static cache. All see 1,000 random
+observations, and 200 consecutive frames of the tabletop in which the small policy acts, in batches of 1 and of 8.
 
 The random ones are for the tiny golden configuration and for the small policy. Where tokens differ, the result has the
 logits of both: a difference that is no tie is an error. Ways round differently where the shapes of products do, so
@@ -39,6 +39,7 @@ from plain_decoding import (
     make_policy,
     random_observations,
     tabletop_observations,
+    twin,
 )
 from preprocessing import machine
 from torch import nn
@@ -50,15 +51,17 @@ LISTED_TIES = 50
 TIE = {torch.float32: 16 * 2**-23, torch.bfloat16: 2 * 2**-7}
 
 Ways = dict[str, Callable[[], torch.Tensor]]
+Models = tuple[nn.Module, nn.Module | None]
 
 
-def ways(model: nn.Module, inputs: Inputs, previous: torch.Tensor, right: torch.Tensor, seed: int) -> Ways:
-    """Token ids (B, N) of each way but the plain one."""
+def ways(models: Models, inputs: Inputs, previous: torch.Tensor, right: torch.Tensor, seed: int) -> Ways:
+    """Token ids (B, N) of each way but the plain one; `models` are a policy and its twin after `warm_up`, if any."""
+    model, warm = models
     config, num_tokens = model.config, right.shape[1]
     begin, end = config.action_token_begin, config.action_token_end
     noise = torch.randint(begin, end, right.shape, generator=torch.Generator().manual_seed(seed))
 
-    def predict(draft: torch.Tensor | None = None) -> torch.Tensor:
+    def predict(draft: torch.Tensor | None = None, model: nn.Module = model) -> torch.Tensor:
         return model.predict_action(**inputs, draft_token_ids=draft, return_dict=True).token_ids
 
     def generate(implementation: str | None) -> torch.Tensor:
@@ -73,7 +76,8 @@ def ways(model: nn.Module, inputs: Inputs, previous: torch.Tensor, right: torch.
         finally:
             hook.remove()
 
-    return {
+    warmed_up = {} if warm is None else {"after warm_up": lambda: predict(model=warm)}
+    return warmed_up | {
         "predict_action": predict,
         "library's layers": predict_with_hooks,
         "previous draft": lambda: predict(previous),
@@ -87,6 +91,8 @@ def ways(model: nn.Module, inputs: Inputs, previous: torch.Tensor, right: torch.
 def compare(name: str, observations: list[Observation], batch_size: int, dtype: torch.dtype, slow_every: int) -> dict:
     """Observations, and those in which each way differs from the plain loop."""
     model, processor = make_policy(name, dtype=dtype)
+    warm = twin(model)
+    models = (model, warm if warm.warm_up([batch_size]) else None)
     plain = PlainPolicy(model, processor)
     previous = torch.full((batch_size, plain.num_tokens), -1)
     counts: dict[str, int] = {}
@@ -95,7 +101,7 @@ def compare(name: str, observations: list[Observation], batch_size: int, dtype: 
         rows = observations[start : start + batch_size]
         expected = plain.decode(*plain.embed(left_padded(plain.preprocess(rows))))
         inputs = as_inputs(model, processor, rows)
-        for way, decode in ways(model, inputs, previous[: len(rows)], expected, number).items():
+        for way, decode in ways(models, inputs, previous[: len(rows)], expected, number).items():
             if way.startswith("generate") and number % slow_every:
                 continue
             tokens = decode()

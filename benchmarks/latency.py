@@ -7,9 +7,10 @@ Both ways have the same weights and see the same observations, in turns in one p
 configuration and batch size; a ratio is that of two actions of one round, and the median and quartiles of all pairs
 are reported, by the clock and, where other programs run too, by the processor time that the actions took. The plain
 way is described in `plain_decoding.py`. Ours is `processor(...)` and `predict_action`, in three cases: as it is, with
-the previous action as a draft, and with a draft that is right. All must give the same tokens in float32, or there is
-no result; in bfloat16, where logits tie, the share of equal tokens is part of it. `--device cuda` records actions as
-CUDA graphs before; nobody has run that yet.
+the previous action as a draft, and with a draft that is right; and the first and the last of these once more after
+`warm_up`, which packs weights on a CPU and records actions as CUDA graphs on a GPU; nobody has run the latter yet. All
+must give the same tokens in float32, or there is no result; in bfloat16, where logits tie, the share of equal tokens
+is part of it.
 
 The small policy looks at consecutive frames of the tabletop in which it acts, the others, whose weights are random, at
 noise: they never draft well, and what is measured of them is arithmetic and overhead.
@@ -51,13 +52,14 @@ from plain_decoding import (
     make_policy,
     random_observations,
     tabletop_observations,
+    twin,
 )
 from preprocessing import machine, summarise
 from torch import nn
 
 
 MIN_ROUNDS, STAGE_ROUNDS = 4, 8
-WAYS = ("plain", "ours", "previous draft", "right draft")
+WAYS = ("plain", "ours", "previous draft", "right draft", "warmed up", "warmed up, right draft")
 
 Result = dict[str, Any]
 
@@ -97,14 +99,15 @@ def measure(
 ) -> Result:
     """All figures of a configuration at one batch size; `placement` is for `make_policy`."""
     model, processor = make_policy(name, **placement)
-    num_recorded = model.warm_up(batch_sizes=[batch_size]) if model.device.type == "cuda" else 0
-    plain, ours = PlainPolicy(model, processor), OurPolicy(model, processor)
+    plain, ours, warm = PlainPolicy(model, processor), OurPolicy(model, processor), OurPolicy(twin(model), processor)
+    num_prepared = warm.model.warm_up(batch_sizes=[batch_size])
     batches = observe(name, model, processor, batch_size, max(24, 96 // batch_size) if name == SMALL else 3)
     clock: dict[str, list[float]] = {way: [] for way in WAYS}
     processor_time: dict[str, list[float]] = {way: [] for way in WAYS}
     equal: dict[str, list[float]] = {way: [] for way in WAYS}
     accepted, previous = [], ours.predict(batches[0]).token_ids
-    plain.predict(batches[0])  # untimed, as the one above
+    plain.predict(batches[0])  # untimed, as the one above and the one below
+    warm.predict(batches[0])
     began, rounds = time.perf_counter(), 0
     while rounds < MIN_ROUNDS or time.perf_counter() - began < seconds:
         observations = batches[(rounds + 1) % len(batches)]
@@ -114,6 +117,10 @@ def measure(
             "ours": lambda observations=observations: ours.predict(observations).token_ids,
             "previous draft": lambda observations=observations, draft=previous: ours.predict(observations, draft),
             "right draft": lambda observations=observations, draft=right: ours.predict(observations, draft).token_ids,
+            "warmed up": lambda observations=observations: warm.predict(observations).token_ids,
+            "warmed up, right draft": lambda observations=observations, draft=right: (
+                warm.predict(observations, draft).token_ids
+            ),
         }
         for way in sorted(WAYS, reverse=rounds % 2 == 0):
             elapsed, processed, result = timed(functions[way])
@@ -129,14 +136,18 @@ def measure(
     peak, text_length = machine_speed(model), as_inputs(model, processor, batches[0])["input_ids"].shape[1]
     return {
         "rounds": rounds,
-        "recorded_actions": num_recorded,
+        "prepared_by_warm_up": num_prepared,
         "milliseconds": {way: summarise(values) for way, values in clock.items()},
         "processor_milliseconds": {way: summarise(values) for way, values in processor_time.items()},
         "speedup": ratios(clock),
         "processor_speedup": ratios(processor_time),
         "equal_tokens": {way: statistics.mean(values) for way, values in equal.items()},
         "accepted_of_previous_draft": statistics.mean(accepted),
-        "stages": {"plain": plain_stages(plain, batches), "ours": our_stages(ours, batches)},
+        "stages": {
+            "plain": plain_stages(plain, batches),
+            "ours": our_stages(ours, batches),
+            "warmed up": our_stages(warm, batches),
+        },
         "machine_speed": peak,
         "floor_milliseconds": floor(model, batch_size, text_length, peak),
     }
@@ -310,7 +321,7 @@ class Reference:
 
 
 HEADER = (
-    f"{'':20} {'batch':>5} {'way':16} {'ms':>9} {'quartiles':>19} {'speedup':>8} {'quartiles':>14} {'processor':>9}"
+    f"{'':20} {'batch':>5} {'way':22} {'ms':>9} {'quartiles':>19} {'speedup':>8} {'quartiles':>14} {'processor':>9}"
 )
 
 
@@ -318,7 +329,7 @@ def rows(name: str, batch_size: int, result: Result) -> list[str]:
     lines = []
     for way, times in result["milliseconds"].items():
         quartiles = f"{times['lower_quartile']:.2f}..{times['upper_quartile']:.2f}"
-        line = f"{name:20} {batch_size:5} {way:16} {times['median']:9.2f} {quartiles:>19}"
+        line = f"{name:20} {batch_size:5} {way:22} {times['median']:9.2f} {quartiles:>19}"
         if way in result["speedup"]:
             ratio, processed = result["speedup"][way], result["processor_speedup"].get(way, {"median": float("nan")})
             quartiles = f"{ratio['lower_quartile']:.2f}..{ratio['upper_quartile']:.2f}"

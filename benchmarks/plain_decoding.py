@@ -7,6 +7,7 @@ are not as published, so that they can be compared at all: it takes batches, and
 one.
 """
 
+import copy
 import multiprocessing
 import sys
 from collections.abc import Callable, Iterator
@@ -130,6 +131,12 @@ def _with_random_weights(model: nn.Module, device: str) -> nn.Module:
         head[: config.action_token_begin] = 0.0
         head[config.action_token_end :] = 0.0
     return model
+
+
+def twin(model: nn.Module) -> nn.Module:
+    """A copy with the same tensors, so that `warm_up` prepares one of both."""
+    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, tensors)
 
 
 def in_new_process(function: Callable[..., Any], *arguments: Any) -> Any:

@@ -13,6 +13,7 @@ import contextlib
 import logging
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -40,6 +41,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--token", default=os.environ.get("OPENVLA_TOKEN"), help="required where others reach --host")
     parser.add_argument("--max_batch_size", type=int, default=8)
+    parser.add_argument("--warm_up", type=int, nargs="+", default=[], help="batch sizes to prepare the model for")
     parser.add_argument("--batch_wait", type=float, default=0.01, help="seconds that an observation waits for others")
     parser.add_argument("--max_open", type=int, default=64, help="observations in work; further ones get 429")
     parser.add_argument("--timeout", type=float, default=30.0, help="seconds for one answer")
@@ -61,8 +63,8 @@ def check_token(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> 
         parser.error(f"--host {parsed.host} lets others in: say --token, or OPENVLA_TOKEN in the environment.")
 
 
-async def serve(service: Service, server: Server) -> None:
-    await service.warm_up()
+async def serve(service: Service, server: Server, batch_sizes: Sequence[int]) -> None:
+    await service.warm_up(batch_sizes)
     await server.serve()
 
 
@@ -84,7 +86,7 @@ def main(arguments: list[str] | None = None) -> int:
         legacy_errors=parsed.legacy_errors,
     )
     with contextlib.suppress(KeyboardInterrupt):  # raised again once the server has shut down
-        asyncio.run(serve(service, make_server(service, settings, parsed.port)))
+        asyncio.run(serve(service, make_server(service, settings, parsed.port), parsed.warm_up))
     return 0
 
 

@@ -51,6 +51,7 @@ class Options:
         token (`str`, *optional*): Of the server.
         host (`str`): That robots ask for, where there is no token; see [`Guard`].
         dtype (`str`), trust_remote_code (`bool`): See `load_policy`.
+        warm_up (`tuple[int, ...]`): Batch sizes that the model is prepared for; see [`Service.warm_up`].
         max_batch_size (`int`), batch_wait (`float`), max_open (`int`), timeout (`float`): See [`Service`].
     """
 
@@ -62,6 +63,7 @@ class Options:
     host: str = "127.0.0.1"
     dtype: str = "auto"
     trust_remote_code: bool = False
+    warm_up: tuple[int, ...] = ()
     max_batch_size: int = 8
     batch_wait: float = 0.01
     max_open: int = 64
@@ -142,7 +144,7 @@ def _build_app(options: Options) -> FastAPI:
     )
     # In a loop of its own: that of the replica is the one that waits here.
     with ThreadPoolExecutor(1) as thread:
-        thread.submit(asyncio.run, service.warm_up()).result()
+        thread.submit(asyncio.run, service.warm_up(options.warm_up)).result()
     app = create_app(service, Settings(host=options.host, token=options.token))
     app.state.service = service
     return app
@@ -181,12 +183,13 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[Options, argpar
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--token", default=os.environ.get("OPENVLA_TOKEN"), help="required where others reach --host")
     parser.add_argument("--dtype", default="auto", help="of the weights; auto: as they are saved")
+    parser.add_argument("--warm_up", type=int, nargs="+", default=(), help="batch sizes to prepare the models for")
     parser.add_argument("--trust_remote_code", action="store_true", help="run the policy's own copy of the code")
     parser.add_argument("--address", help="of a Ray cluster, such as auto; by default Ray starts on this machine")
     parsed = parser.parse_args(arguments)
     check_token(parser, parsed)
     policy = str(Path(parsed.policy).resolve()) if Path(parsed.policy).is_dir() else parsed.policy
-    names = ("replicas", "gpus", "cpus", "token", "host", "dtype", "trust_remote_code")
+    names = ("replicas", "gpus", "cpus", "token", "host", "dtype", "trust_remote_code", "warm_up")
     return Options(policy, **{name: getattr(parsed, name) for name in names}), parsed
 
 

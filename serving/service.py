@@ -5,7 +5,7 @@ import itertools
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -112,8 +112,15 @@ class Service:
         self.metrics.answered(answer.prediction.batch_size, **seconds)
         return answer
 
-    async def warm_up(self) -> None:
-        """One prediction on a gray picture, however long it takes: it finds what is broken before a robot does."""
+    async def warm_up(self, batch_sizes: Sequence[int] = ()) -> None:
+        """
+        One prediction on a gray picture, however long it takes: it finds what is broken before a robot does.
+
+        Args:
+            batch_sizes (`Sequence[int]`, *optional*): Batches that the model's own `warm_up` prepares before.
+        """
+        if batch_sizes:
+            await asyncio.to_thread(self.policy.model.warm_up, batch_sizes)
         side, statistics = self.description["image_size"], self.policy.model.norm_stats
         key = next(iter(statistics))
         picture = np.full((side, side, 3), 127, np.uint8)

@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from test_action_heads import CAUSAL, KINDS, TEXT, make_policy, noise_image, statistics
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import StaticCache
 
 
@@ -443,15 +445,6 @@ class TestActionGraph:
         adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["fc2"])).base_model.model
         assert "adapters" in adapted._why_no_graphs()
 
-    def test_warm_up_says_why_not(self, policy_and_batch, caplog):
-        model, inputs, expected = policy_and_batch
-        logger = logging.getLogger(type(model).__module__)
-        logger.addHandler(caplog.handler)
-        assert model.warm_up() == 0
-        logger.removeHandler(caplog.handler)
-        assert "the model is on 'cpu' and not on 'cuda'" in caplog.text
-        assert torch.equal(model.predict_action(**inputs, return_dict=True).token_ids, expected)
-
 
 @contextmanager
 def counted_graphs(model):
@@ -469,6 +462,179 @@ def counted_graphs(model):
         yield rows
     finally:
         graph_class.__call__ = call
+
+
+class PackedProducts(TorchDispatchMode):
+    """Counts products with packed weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.mkl._mkl_linear.default
+        return function(*args, **(kwargs or {}))
+
+
+def count_packed(model, inputs, **kwargs) -> tuple[int, torch.Tensor, torch.Tensor]:
+    """How many products of an action are with packed weights, its tokens and their probabilities."""
+    with PackedProducts() as counter:
+        output = model.predict_action(**inputs, return_dict=True, **kwargs)
+    return counter.count, output.token_ids, output.probabilities
+
+
+@contextmanager
+def logged(model, caplog):
+    logger = logging.getLogger(type(model).__module__)
+    logger.addHandler(caplog.handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(caplog.handler)
+
+
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="this build of PyTorch has no MKL")
+class TestPackedWeights:
+    """What `warm_up` does on a CPU."""
+
+    # Four layers in each block that runs, of two towers, and three of the projector.
+    @pytest.fixture
+    def warm(self):
+        model, processor = make()
+        blocks = sum(tower.config.num_used_blocks for tower in model.vision_backbone.towers)
+        num_layers = 4 * blocks + 3
+        inputs = make_batch(processor)
+        _, *expected = count_packed(model, inputs)
+        assert model.warm_up([3]) == num_layers
+        return model, inputs, expected, num_layers
+
+    def test_actions_are_the_same(self, warm):
+        model, inputs, (tokens, probabilities), num_layers = warm
+        count, actual, actual_probabilities = count_packed(model, inputs)
+        assert count == num_layers
+        assert torch.equal(actual, tokens)
+        torch.testing.assert_close(actual_probabilities, probabilities, rtol=1e-4, atol=1e-7)
+        assert torch.equal(count_packed(model, inputs, draft_token_ids=tokens)[1], tokens)
+
+    @pytest.mark.parametrize("overrides", [{"use_film": True}, {"num_images": 2}], ids=["film", "two images"])
+    def test_of_every_kind(self, overrides):
+        kind = KINDS["l1"] | {"use_proprio": False, "proprio_dim": None, **overrides}
+        model, processor = make_policy(**kind)
+        images = [[noise_image(row + 10 * view) for view in range(model.config.num_images)] for row in range(2)]
+        inputs = processor(instruction=INSTRUCTIONS[:2], images=images)
+        expected = model.predict_action(**inputs)
+        assert model.warm_up([2]) > 0
+        with PackedProducts() as counter:
+            actual = model.predict_action(**inputs)
+        assert counter.count > 0
+        np.testing.assert_allclose(actual, expected, atol=1e-6)
+
+    def test_for_these_batches_alone(self, warm):
+        model, inputs, (tokens, _), num_layers = warm
+        two = {name: value[:2] for name, value in inputs.items()}
+        assert count_packed(model, two)[0] == 0
+        model.warm_up([2, 3])
+        for rows, given in ((two, tokens[:2]), (inputs, tokens)):
+            count, actual, _ = count_packed(model, rows)
+            assert count == num_layers
+            assert torch.equal(actual, given)
+        model.warm_up([2])
+        assert count_packed(model, inputs)[0] == 0
+
+    @pytest.mark.parametrize("change", ["in place", "through data", "replaced", "loaded"])
+    def test_weights_that_change(self, warm, change, caplog):
+        model, inputs, _, num_layers = warm
+        layer = model.vision_backbone.featurizer.blocks[0].mlp.fc1
+        assert layer.is_packed
+        with torch.no_grad():
+            if change == "in place":
+                layer.weight[1:] *= -1.0
+            elif change == "through data":
+                layer.weight.data *= -1.0
+            elif change == "replaced":
+                layer.weight = nn.Parameter(-layer.weight)
+            else:
+                layer.load_state_dict({"weight": -layer.weight, "bias": layer.bias})
+        with logged(model, caplog):
+            count, *actual = count_packed(model, inputs)
+        assert count == num_layers - 1
+        assert not layer.is_packed
+        assert "call `warm_up` again" in caplog.text
+        fresh = copy.deepcopy(model)
+        _, *expected = count_packed(fresh, inputs)
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-7)
+        sys.modules[type(model).__module__].logger.warning_once.cache_clear()
+
+    def test_merged_adapters(self, warm):
+        model, inputs, _, num_layers = warm
+        adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["fc2"], init_lora_weights=False))
+        adapted.merge_adapter()
+        policy = adapted.base_model.model
+        count, *actual = count_packed(policy, inputs)
+        assert 0 < count < num_layers
+        _, *expected = count_packed(copy.deepcopy(policy), inputs)
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-7)
+
+    def test_not_with_gradients(self, warm):
+        model, inputs, _, _ = warm
+        with PackedProducts() as counter:
+            features = model.get_image_features(inputs["pixel_values"])
+        assert counter.count == 0
+        features.sum().backward()
+        assert model.projector.fc1.weight.grad.abs().sum() > 0
+        with PackedProducts() as counter, torch.autocast("cpu", torch.bfloat16):
+            model.predict_action(**inputs)
+        assert counter.count == 0
+
+    @torch.no_grad()
+    def test_not_when_compiled(self, warm):
+        model, inputs, _, _ = warm
+        graphs = []
+
+        def backend(graph, _):
+            graphs.append(graph.code)
+            return graph
+
+        torch.compiler.reset()
+        actual = torch.compile(model.get_image_features, fullgraph=True, backend=backend)(inputs["pixel_values"])
+        torch.compiler.reset()
+        assert "linear" in graphs[0]
+        assert "mkl" not in graphs[0]
+        torch.testing.assert_close(actual, model.get_image_features(inputs["pixel_values"]), rtol=1e-4, atol=1e-5)
+
+    def test_copies_and_files_have_none(self, warm, tmp_path):
+        model, inputs, (tokens, _), num_layers = warm
+        names = list(make()[0].state_dict())
+        assert list(model.state_dict()) == names
+        for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            count, actual, _ = count_packed(copied, inputs)
+            assert count == 0
+            assert torch.equal(actual, tokens)
+        model.save_pretrained(tmp_path)
+        assert load_file(tmp_path / "model.safetensors").keys() == set(names)
+        assert count_packed(model, inputs)[0] == num_layers
+
+    def test_says_why_not(self, warm, caplog, monkeypatch):
+        model, inputs, (tokens, _), _ = warm
+        with logged(model, caplog):
+            assert copy.deepcopy(model).bfloat16().warm_up() == 0
+            assert "torch.bfloat16 on 'cpu' and not torch.float32" in caplog.text
+            monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
+            assert model.warm_up() == 0
+            assert "no MKL" in caplog.text
+        assert torch.equal(model.predict_action(**inputs, return_dict=True).token_ids, tokens)
+
+    def test_hooks_are_kept(self, caplog):
+        model, _ = make()
+        model.projector.fc1.register_forward_hook(lambda *_: None)
+        with logged(model, caplog):
+            assert model.warm_up() == 0
+        assert "layers have hooks" in caplog.text
+
+    @pytest.mark.parametrize("batch_sizes", [[0], [1, -1]])
+    def test_batches_without_rows(self, warm, batch_sizes):
+        with pytest.raises(ValueError, match="a row at least"):
+            warm[0].warm_up(batch_sizes)
 
 
 class TestCompiledAndExported:
