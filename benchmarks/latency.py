@@ -27,6 +27,7 @@ that yet. `--output FILE` stores the result.
 
 import argparse
 import functools
+import itertools
 import json
 import os
 import shlex
@@ -190,7 +191,7 @@ def ratios(times: dict[str, list[float]]) -> Result:
 def plain_stages(policy: PlainPolicy, batches: list[list[Observation]]) -> dict[str, float]:
     """Median milliseconds of each stage."""
     times: dict[str, list[float]] = {}
-    for observations in batches[:STAGE_ROUNDS]:
+    for observations in itertools.islice(itertools.cycle(batches), STAGE_ROUNDS):
         *_, inputs = record(times, "preprocessing", lambda o=observations: policy.preprocess(o))
         *_, prompt = record(times, "towers", lambda i=inputs: policy.embed(i))
         record(times, "prefill", lambda p=prompt: policy.decode(*p, num_tokens=1))
@@ -205,7 +206,7 @@ def our_stages(policy: OurPolicy, batches: list[list[Observation]]) -> dict[str,
     """Median milliseconds of each stage. Those inside of `predict_action` follow from its time with a right draft."""
     times: dict[str, list[float]] = {}
     model = policy.model
-    for observations in batches[:STAGE_ROUNDS]:
+    for observations in itertools.islice(itertools.cycle(batches), STAGE_ROUNDS):
         *_, inputs = record(times, "preprocessing", lambda o=observations: as_inputs(model, policy.processor, o))
         with torch.no_grad():
             record(times, "towers", lambda i=inputs: model.get_image_features(i["pixel_values"]))

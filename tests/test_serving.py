@@ -713,3 +713,13 @@ def test_warm_up_takes_its_time(tiny):
         asyncio.run(server.service.warm_up())
         assert server.service.metrics.outcomes == {}
         assert server.service.metrics.render().count(b"openvla_batch_size_count 1.0") == 1
+
+
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="this build of PyTorch has no MKL")
+def test_warm_up_prepares_the_model(tiny):
+    policy = Policy(*load_policy(TINY_POLICY, dtype=torch.float32), "tiny")
+    with running(policy) as server:
+        asyncio.run(server.service.warm_up([1]))
+        assert any(type(module).__name__ == "PackedLinear" for module in policy.model.modules())
+        answer = load_json(post(server, observation()).content)
+    np.testing.assert_allclose(answer, expected(tiny, PICTURE, observation()["instruction"]), atol=1e-6)
