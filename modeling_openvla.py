@@ -146,48 +146,59 @@ class PackedLinear(nn.Linear):
     """
     A linear layer with copies of its weight in the order in which MKL multiplies so many rows with it on a CPU.
 
-    Without one each product brings the weight in this order anew, which takes a fifth of the time where the rows are
-    those of one picture (257 rows with 1024x4096 numbers: 8.9 and 6.8 ms on two cores). Copies serve inference in
-    float32; everything else, other numbers of rows, and a weight that has changed since are multiplied without.
+    Without one each product brings the weight in this order anew, which takes about a fifth of its time where the rows
+    are those of one picture. Copies serve inference in float32, with just these numbers of rows; everything else is
+    multiplied without.
+
+    Whether the weight has changed since is seen by its address, its version, and some hundred of its numbers: what
+    writes through `.data`, as adapters that are merged, leaves no version.
 
     Args:
-        layer (`nn.Linear`): Has the weight, for which [`why_not_packed`] has nothing to say; it is shared, not copied.
+        layer (`nn.Linear`): To stand in for, with all that is set on it; [`why_not_packed`] has nothing to say of it.
         numbers_of_rows (`Iterable[int]`): (B, N, D) has B * N.
     """
 
     def __init__(self, layer: nn.Linear, numbers_of_rows: Iterable[int]):
         super().__init__(layer.in_features, layer.out_features, device="meta")
-        self.weight, self.bias = layer.weight, layer.bias
-        self.train(layer.training)
+        vars(self).update(vars(layer))
         weight = self.weight.detach()
-        self._source = (weight.data_ptr(), self.weight._version, weight[0].clone())
+        # Both are derived from the weight, never saved, and of no use on another device: no buffers.
+        self._source = (weight.data_ptr(), self.weight._version, self._some_numbers().clone())
+        # What torch.compile takes for such products; private, and the same since torch 1.13.
         pack = torch.ops.mkl._mkl_reorder_linear_weight
         self._packed: dict[int, torch.Tensor] = {number: pack(weight, number) for number in numbers_of_rows}
 
-    @property
-    def is_packed(self) -> bool:
-        """Whether there are copies: changed weights lose them."""
-        return bool(self._packed)
+    def as_linear(self) -> nn.Linear:
+        """The layer without copies."""
+        layer = nn.Linear(self.in_features, self.out_features, device="meta")
+        vars(layer).update({name: value for name, value in vars(self).items() if name not in ("_source", "_packed")})
+        return layer
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+        # The product has no gradient, and looks at no shape.
+        is_inference = not (self.training or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"))
+        if torch.compiler.is_compiling() or not is_inference or values.shape[-1] != self.in_features:
             return super().forward(values)
         num_rows = values.shape[:-1].numel()
         packed = self._packed.get(num_rows)
         if packed is None:
             return super().forward(values)
         if self._has_changed():
-            logger.warning_once("Weights were changed or moved: call `warm_up` again. Actions are computed without.")
+            logger.warning_once("Weights were changed or moved: call `warm_up` again. They are multiplied without it.")
             self._packed = {}
             return super().forward(values)
         return torch.ops.mkl._mkl_linear(values, packed, self.weight, self.bias, num_rows)
 
     def _has_changed(self) -> bool:
-        """By what is quick to look at: changes through `.data`, as when adapters are merged, have no version."""
-        address, version, first_row = self._source
-        weight = self.weight
-        is_same = (weight.data_ptr(), weight._version) == (address, version) and torch.equal(weight[0], first_row)
-        return not is_same
+        (address, version, numbers), weight = self._source, self.weight
+        if weight.data_ptr() != address or weight.is_inference() or weight._version != version:
+            return True
+        return not torch.equal(self._some_numbers(), numbers)
+
+    def _some_numbers(self) -> torch.Tensor:
+        """Between 170 and 512 numbers of the weight, or all of fewer, spread over rows and columns."""
+        flat = self.weight.detach().reshape(-1)
+        return flat[:: len(flat) // 256 | 1]  # an odd step: it takes no column for another time soon
 
     def __getstate__(self) -> dict:
         """Without copies of the weight: no file can hold them, and those of a copied layer are its own."""
@@ -199,10 +210,12 @@ def why_not_packed(layer: nn.Module) -> str | None:
     if not (torch.backends.mkl.is_available() and hasattr(torch.ops.mkl, "_mkl_linear")):
         return "this build of PyTorch has no MKL"
     weight = layer.weight
-    if type(layer) not in (nn.Linear, PackedLinear) or type(weight) is not nn.Parameter or weight.is_inference():
+    if type(layer) is not nn.Linear or type(weight) is not nn.Parameter or weight.is_inference():
         return "layers are quantised, or were made in inference mode"
     if (weight.device.type, weight.dtype) != ("cpu", torch.float32):
         return f"weights are {weight.dtype} on {weight.device.type!r} and not torch.float32 on 'cpu'"
+    if layer.training:
+        return "the model is in training: call `eval()`"
     if has_hooks(layer):
         return "layers have hooks (as with offloading), or are compiled"
     return None
@@ -807,11 +820,13 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         """
         Prepare this model for fast actions, with what its device has for that. Prepared is what the model is now: call
         this again when it was moved, or its weights were replaced or changed; until then actions are computed as
-        without it, as they are under autocast. Copies of the model have nothing of it, nor have saved ones.
+        without it, as they are under autocast. Copies of the model have nothing of it, nor have saved ones. It is no
+        call for another thread while the model predicts.
 
-        On a CPU, in float32, towers and projector hold their weights a second time, in the order in which MKL
-        multiplies the rows of so many pictures (see [`PackedLinear`]): more memory, by the size of both, for each
-        batch size. Actions are those without it, but for the rounding of products.
+        On a CPU, in float32, layers of towers and projector hold their weights a second time, in the order in which
+        MKL multiplies the rows of so many pictures: see [`PackedLinear`], which takes their place, and what it does
+        not see. That is about as much memory again as their weights take, for each batch size. Actions are those
+        without it, but for the rounding of products.
 
         On CUDA, greedy actions are recorded as CUDA graphs, from pictures to tokens, for `predict_action` to replay:
         without them the host takes longer to launch an action's kernels than the device to run them. A prompt takes
@@ -820,11 +835,11 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         GPU, and is tested without the recording.
 
         Args:
-            batch_sizes (`Sequence[int]`, defaults to `(1,)`): Batches to come.
+            batch_sizes (`Sequence[int]`, defaults to `(1,)`): Batches to come; none takes back what was prepared.
             text_lengths (`Sequence[int]`, defaults to `(32, 64)`): Tokens of text up to which there is a graph.
 
         Returns:
-            `int`: Graphs that were recorded, or layers that hold such copies; 0 where the log says why there are none.
+            `int`: How many graphs were recorded, or layers packed. Where none can be, the log says why.
 
         Raises:
             ValueError: If a batch has no row.
@@ -832,6 +847,7 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         if min(batch_sizes, default=1) < 1:
             raise ValueError(f"Batches have a row at least, got batch_sizes={list(batch_sizes)}.")
         self._recorded = None
+        self._unpack_weights()
         if self.device.type == "cpu":
             return self._pack_weights(batch_sizes)
         reason = self._why_no_graphs()
@@ -870,11 +886,19 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         finally:
             for hook in hooks:
                 hook.remove()
-        for part in parts:
-            for name, layer in list(part.named_children()):
-                if layer in numbers_of_rows:
-                    setattr(part, name, PackedLinear(layer, numbers_of_rows[layer]))
+        self._replace_layers({layer: PackedLinear(layer, rows) for layer, rows in numbers_of_rows.items()})
         return len(numbers_of_rows)
+
+    def _unpack_weights(self) -> None:
+        """Take back what [`_pack_weights`] did."""
+        packed = [module for module in self.modules() if isinstance(module, PackedLinear)]
+        self._replace_layers({layer: layer.as_linear() for layer in packed})
+
+    def _replace_layers(self, replacements: dict[nn.Module, nn.Module]) -> None:
+        for module in list(self.modules()):
+            for name, child in list(module.named_children()):
+                if child in replacements:
+                    setattr(module, name, replacements[child])
 
     def _black(self, batch_size: int) -> torch.Tensor:
         """Pixels of the shape that the towers take."""

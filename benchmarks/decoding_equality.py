@@ -6,9 +6,10 @@ Whether every way of decoding gives the tokens of the plain loop.
 The plain loop is that of `plain_decoding.py`: `generate` over a growing cache, all logits, the picture processed once
 for each tower. Beside it: `predict_action` as it is (a single row is verified from a guess, batches go one by one),
 with the previous action as a draft, with a draft that is right, and with one that is random, and one by one with the
-library's layers and growing cache, as for models with hooks; as it is after `warm_up`, where that prepares something
-(in float32 on a CPU); and the model's own `generate`, with a growing and with a static cache. All see 1,000 random
-observations, and 200 consecutive frames of the tabletop in which the small policy acts, in batches of 1 and of 8.
+library's layers and growing cache, as for models with hooks; as it is and with a draft that is right after `warm_up`,
+where that prepares something (in float32 on a CPU); and the model's own `generate`, with a growing and with a static
+cache. All see 1,000 random observations, and 200 consecutive frames of the tabletop in which the small policy acts, in
+batches of 1 and of 8.
 
 The random ones are for the tiny golden configuration and for the small policy. Where tokens differ, the result has the
 logits of both: a difference that is no tie is an error. Ways round differently where the shapes of products do, so
@@ -76,8 +77,11 @@ def ways(models: Models, inputs: Inputs, previous: torch.Tensor, right: torch.Te
         finally:
             hook.remove()
 
-    warmed_up = {} if warm is None else {"after warm_up": lambda: predict(model=warm)}
-    return warmed_up | {
+    warmed_up = {
+        "after warm_up": lambda: predict(model=warm),
+        "after warm_up, right draft": lambda: predict(right, warm),
+    }
+    return (warmed_up if warm is not None else {}) | {
         "predict_action": predict,
         "library's layers": predict_with_hooks,
         "previous draft": lambda: predict(previous),

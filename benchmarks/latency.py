@@ -9,8 +9,8 @@ are reported, by the clock and, where other programs run too, by the processor t
 way is described in `plain_decoding.py`. Ours is `processor(...)` and `predict_action`, in three cases: as it is, with
 the previous action as a draft, and with a draft that is right; and the first and the last of these once more after
 `warm_up`, which packs weights on a CPU and records actions as CUDA graphs on a GPU; nobody has run the latter yet. All
-must give the same tokens in float32, or there is no result; in bfloat16, where logits tie, the share of equal tokens
-is part of it.
+must give the same tokens, but where logits tie within rounding, or there is no result; the share of equal tokens is
+part of it.
 
 The small policy looks at consecutive frames of the tabletop in which it acts, the others, whose weights are random, at
 noise: they never draft well, and what is measured of them is arithmetic and overhead.
@@ -43,15 +43,18 @@ from typing import Any
 import torch
 import transformers
 from arithmetic import linear_flops, vision_flops
+from decoding_equality import explain
 from plain_decoding import (
     CONFIGURATIONS,
     SMALL,
+    Inputs,
     Observation,
     PlainPolicy,
     as_inputs,
     in_new_process,
     make_policy,
     random_observations,
+    resident_mib,
     tabletop_observations,
     twin,
 )
@@ -101,7 +104,9 @@ def measure(
     """All figures of a configuration at one batch size; `placement` is for `make_policy`."""
     model, processor = make_policy(name, **placement)
     plain, ours, warm = PlainPolicy(model, processor), OurPolicy(model, processor), OurPolicy(twin(model), processor)
+    before = resident_mib()
     num_prepared = warm.model.warm_up(batch_sizes=[batch_size])
+    grown = resident_mib() - before
     batches = observe(name, model, processor, batch_size, max(24, 96 // batch_size) if name == SMALL else 3)
     clock: dict[str, list[float]] = {way: [] for way in WAYS}
     processor_time: dict[str, list[float]] = {way: [] for way in WAYS}
@@ -113,6 +118,7 @@ def measure(
     while rounds < MIN_ROUNDS or time.perf_counter() - began < seconds:
         observations = batches[(rounds + 1) % len(batches)]
         right = ours.predict(observations).token_ids
+        inputs = as_inputs(model, processor, observations)
         functions = {
             "plain": lambda observations=observations: plain.predict(observations)[1],
             "ours": lambda observations=observations: ours.predict(observations).token_ids,
@@ -130,14 +136,14 @@ def measure(
             if way == "previous draft":
                 accepted += result.accepted_tokens.tolist()
                 result = result.token_ids
-            equal[way].append(count_equal(way, result, right, model.dtype))
+            equal[way].append(count_equal(way, model, inputs, result, right))
         if reference is not None:
             clock.setdefault("reference", []).append(reference.predict())
         previous, rounds = right, rounds + 1
     peak, text_length = machine_speed(model), as_inputs(model, processor, batches[0])["input_ids"].shape[1]
     return {
         "rounds": rounds,
-        "prepared_by_warm_up": num_prepared,
+        "warm_up": {"prepared": num_prepared, "resident_mib": grown},
         "milliseconds": {way: summarise(values) for way, values in clock.items()},
         "processor_milliseconds": {way: summarise(values) for way, values in processor_time.items()},
         "speedup": ratios(clock),
@@ -167,15 +173,17 @@ def measure_alone(
             beside.close()
 
 
-def count_equal(way: str, actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> float:
+def count_equal(way: str, model: nn.Module, inputs: Inputs, actual: torch.Tensor, expected: torch.Tensor) -> float:
     """
     Share of the tokens that a way decodes as ours does.
 
     Raises:
-        ValueError: If there are others in float32; in bfloat16 logits tie.
+        ValueError: If there are others, and their logits do not tie.
     """
-    if dtype == torch.float32 and not torch.equal(actual, expected):
-        raise ValueError(f"{way} decodes {actual.tolist()}, ours {expected.tolist()}.")
+    for row in (actual != expected).any(dim=1).nonzero().flatten().tolist():
+        difference = explain(model, inputs, row, actual[row], expected[row])
+        if not difference["is_tie"]:
+            raise ValueError(f"{way} decodes {actual[row].tolist()}, ours {expected[row].tolist()}: {difference}.")
     return (actual == expected).float().mean().item()
 
 

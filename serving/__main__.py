@@ -49,6 +49,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--legacy_errors", action="store_true", help='failures of /act are "error" with status 200')
     parsed = parser.parse_args(arguments)
     check_token(parser, parsed)
+    if not all(1 <= size <= parsed.max_batch_size for size in parsed.warm_up):
+        parser.error(f"--warm_up {parsed.warm_up}: batches have 1 to --max_batch_size ({parsed.max_batch_size}) rows.")
     return parsed
 
 

@@ -20,6 +20,7 @@ import asyncio
 import logging
 import os
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +52,7 @@ class Options:
         token (`str`, *optional*): Of the server.
         host (`str`): That robots ask for, where there is no token; see [`Guard`].
         dtype (`str`), trust_remote_code (`bool`): See `load_policy`.
-        warm_up (`tuple[int, ...]`): Batch sizes that the model is prepared for; see [`Service.warm_up`].
+        warm_up (`Sequence[int]`): Batch sizes that the model is prepared for; see [`Service.warm_up`].
         max_batch_size (`int`), batch_wait (`float`), max_open (`int`), timeout (`float`): See [`Service`].
     """
 
@@ -63,7 +64,7 @@ class Options:
     host: str = "127.0.0.1"
     dtype: str = "auto"
     trust_remote_code: bool = False
-    warm_up: tuple[int, ...] = ()
+    warm_up: Sequence[int] = ()
     max_batch_size: int = 8
     batch_wait: float = 0.01
     max_open: int = 64
@@ -75,6 +76,8 @@ class Options:
                 f"At least one replica with a share of a processor is needed, got replicas={self.replicas}, "
                 f"gpus={self.gpus}, cpus={self.cpus}."
             )
+        if not all(1 <= size <= self.max_batch_size for size in self.warm_up):
+            raise ValueError(f"warm_up={self.warm_up}: batches have 1 to {self.max_batch_size} rows.")
         if self.token is None and not is_loopback(self.host):
             raise ValueError(f"host={self.host!r} lets others in: that needs a `token`.")
 

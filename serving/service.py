@@ -117,10 +117,11 @@ class Service:
         One prediction on a gray picture, however long it takes: it finds what is broken before a robot does.
 
         Args:
-            batch_sizes (`Sequence[int]`, *optional*): Batches that the model's own `warm_up` prepares before.
+            batch_sizes (`Sequence[int]`, *optional*): Batches that the model's own `warm_up` prepares before; nobody
+                may be served yet.
         """
         if batch_sizes:
-            await asyncio.to_thread(self.policy.model.warm_up, batch_sizes)
+            self.policy.model.warm_up(batch_sizes)
         side, statistics = self.description["image_size"], self.policy.model.norm_stats
         key = next(iter(statistics))
         picture = np.full((side, side, 3), 127, np.uint8)

@@ -497,16 +497,19 @@ def logged(model, caplog):
 class TestPackedWeights:
     """What `warm_up` does on a CPU."""
 
-    # Four layers in each block that runs, of two towers, and three of the projector.
     @pytest.fixture
     def warm(self):
+        # Four layers in each block that runs, of two towers, and three of the projector.
         model, processor = make()
         blocks = sum(tower.config.num_used_blocks for tower in model.vision_backbone.towers)
         num_layers = 4 * blocks + 3
         inputs = make_batch(processor)
         _, *expected = count_packed(model, inputs)
         assert model.warm_up([3]) == num_layers
-        return model, inputs, expected, num_layers
+        warning_once = sys.modules[type(model).__module__].logger.warning_once
+        warning_once.cache_clear()
+        yield model, inputs, expected, num_layers
+        warning_once.cache_clear()
 
     def test_actions_are_the_same(self, warm):
         model, inputs, (tokens, probabilities), num_layers = warm
@@ -540,36 +543,45 @@ class TestPackedWeights:
             assert torch.equal(actual, given)
         model.warm_up([2])
         assert count_packed(model, inputs)[0] == 0
+        assert model.warm_up([]) == 0
+        assert count_packed(model, two)[0] == 0
+        assert {type(part) for part in model.modules()} == {type(part) for part in make()[0].modules()}
 
-    @pytest.mark.parametrize("change", ["in place", "through data", "replaced", "loaded"])
+    @pytest.mark.parametrize("change", ["in place", "through data", "replaced", "in inference mode", "loaded"])
     def test_weights_that_change(self, warm, change, caplog):
         model, inputs, _, num_layers = warm
         layer = model.vision_backbone.featurizer.blocks[0].mlp.fc1
-        assert layer.is_packed
         with torch.no_grad():
             if change == "in place":
                 layer.weight[1:] *= -1.0
             elif change == "through data":
-                layer.weight.data *= -1.0
+                layer.weight.data[1:] *= -1.0
             elif change == "replaced":
                 layer.weight = nn.Parameter(-layer.weight)
+            elif change == "in inference mode":
+                with torch.inference_mode():
+                    layer.weight = nn.Parameter(-layer.weight)
             else:
                 layer.load_state_dict({"weight": -layer.weight, "bias": layer.bias})
         with logged(model, caplog):
             count, *actual = count_packed(model, inputs)
         assert count == num_layers - 1
-        assert not layer.is_packed
         assert "call `warm_up` again" in caplog.text
         fresh = copy.deepcopy(model)
         _, *expected = count_packed(fresh, inputs)
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-7)
-        sys.modules[type(model).__module__].logger.warning_once.cache_clear()
+        assert model.warm_up([3]) == (num_layers if change != "in inference mode" else 0)
 
     def test_merged_adapters(self, warm):
         model, inputs, _, num_layers = warm
-        adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["fc2"], init_lora_weights=False))
-        adapted.merge_adapter()
+        adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["fc2"], init_lora_weights=False)).eval()
         policy = adapted.base_model.model
+        assert count_packed(policy, inputs)[0] == num_layers
+        with torch.no_grad():
+            for name, parameter in policy.named_parameters():
+                if "lora_B" in name:
+                    parameter[0] = 0.0  # whose first row of numbers stays
+        adapted.merge_adapter()
         count, *actual = count_packed(policy, inputs)
         assert 0 < count < num_layers
         _, *expected = count_packed(copy.deepcopy(policy), inputs)
@@ -582,9 +594,19 @@ class TestPackedWeights:
         assert counter.count == 0
         features.sum().backward()
         assert model.projector.fc1.weight.grad.abs().sum() > 0
+        with PackedProducts() as counter, torch.no_grad():
+            model.train().get_image_features(inputs["pixel_values"])
+        model.eval()
+        assert counter.count == 0
         with PackedProducts() as counter, torch.autocast("cpu", torch.bfloat16):
             model.predict_action(**inputs)
         assert counter.count == 0
+
+    @torch.no_grad()
+    def test_values_of_another_width(self, warm):
+        layer = warm[0].projector.fc1
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            layer(torch.ones(next(iter(layer._packed)), layer.in_features + 1))
 
     @torch.no_grad()
     def test_not_when_compiled(self, warm):
@@ -622,7 +644,9 @@ class TestPackedWeights:
             monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
             assert model.warm_up() == 0
             assert "no MKL" in caplog.text
-        assert torch.equal(model.predict_action(**inputs, return_dict=True).token_ids, tokens)
+        count, actual, _ = count_packed(model, inputs)  # nor with what was packed before
+        assert count == 0
+        assert torch.equal(actual, tokens)
 
     def test_hooks_are_kept(self, caplog):
         model, _ = make()
@@ -630,6 +654,14 @@ class TestPackedWeights:
         with logged(model, caplog):
             assert model.warm_up() == 0
         assert "layers have hooks" in caplog.text
+
+    def test_flags_of_layers_stay(self):
+        """Without the one that it sets on loaded layers, transformers 4.57 would fill them with random numbers."""
+        model, _ = make()
+        for module in model.modules():
+            module._is_hf_initialized = True
+        model.warm_up()
+        assert all(module._is_hf_initialized for module in model.modules())
 
     @pytest.mark.parametrize("batch_sizes", [[0], [1, -1]])
     def test_batches_without_rows(self, warm, batch_sizes):

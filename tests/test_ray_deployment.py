@@ -102,6 +102,9 @@ def test_replica_that_dies_is_replaced(place, observations):
 def test_options(options):
     with pytest.raises(ValueError, match="At least one replica with a share of a processor"):
         deployment.Options("policy", **options)
+    with pytest.raises(ValueError, match="batches have 1 to 8 rows"):
+        deployment.Options("policy", warm_up=(9,))
+    assert deployment.parse_arguments(["--policy", ".", "--warm_up", "1", "2"])[0].warm_up == [1, 2]
 
 
 def test_nobody_else_without_a_token(capsys, monkeypatch):

@@ -603,6 +603,15 @@ def test_the_command_lets_nobody_in_by_mistake(monkeypatch, capsys):
     assert command.parse_arguments(["--policy", ".", "--host", "0.0.0.0"]).token == "from the environment"
 
 
+def test_the_command_prepares_for_batches_that_there_are(capsys):
+    assert command.parse_arguments(["--policy", ".", "--warm_up", "1", "8"]).warm_up == [1, 8]
+    assert command.parse_arguments(["--policy", "."]).warm_up == []
+    for sizes in (["0"], ["1", "9"]):
+        with pytest.raises(SystemExit):
+            command.parse_arguments(["--policy", ".", "--warm_up", *sizes])
+        assert "batches have 1 to --max_batch_size (8) rows" in capsys.readouterr().err
+
+
 # Stopping
 
 
