@@ -816,7 +816,12 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         return output
 
     @torch.no_grad()
-    def warm_up(self, batch_sizes: Sequence[int] = (1,), text_lengths: Sequence[int] = (32, 64)) -> int:
+    def warm_up(
+        self,
+        batch_sizes: Sequence[int] = (1,),
+        text_lengths: Sequence[int] = (32, 64),
+        min_packed_size: int = 2**18,
+    ) -> int:
         """
         Prepare this model for fast actions, with what its device has for that. Prepared is what the model is now: call
         this again when it was moved, or its weights were replaced or changed; until then actions are computed as
@@ -837,6 +842,8 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         Args:
             batch_sizes (`Sequence[int]`, defaults to `(1,)`): Batches to come; none takes back what was prepared.
             text_lengths (`Sequence[int]`, defaults to `(32, 64)`): Tokens of text up to which there is a graph.
+            min_packed_size (`int`, defaults to 2**18): Numbers that a weight must have to be packed: what is saved of
+                the product with a smaller one is lost by looking whether it has changed.
 
         Returns:
             `int`: How many graphs were recorded, or layers packed. Where none can be, the log says why.
@@ -849,7 +856,7 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         self._recorded = None
         self._unpack_weights()
         if self.device.type == "cpu":
-            return self._pack_weights(batch_sizes)
+            return self._pack_weights(batch_sizes, min_packed_size)
         reason = self._why_no_graphs()
         if reason is not None:
             logger.warning(f"No action is recorded, since {reason}: actions are decoded as without `warm_up`.")
@@ -865,11 +872,14 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         self._recorded = RecordedActions(self, graphs)
         return len(graphs)
 
-    def _pack_weights(self, batch_sizes: Sequence[int]) -> int:
+    def _pack_weights(self, batch_sizes: Sequence[int], min_size: int) -> int:
         """Number of layers of towers and projector that are packed now, for the rows of such batches alone."""
         parts = [*self.vision_backbone.modules(), *self.projector.modules()]
         layers = [part for part in parts if isinstance(part, nn.Linear) and not isinstance(part, ZeroLinear)]
         reasons = {why_not_packed(layer) for layer in layers} - {None}
+        layers = [layer for layer in layers if layer.weight.numel() >= min_size]
+        if not layers:
+            reasons = reasons or {f"none has {min_size} numbers, and smaller ones gain nothing"}
         if reasons:
             logger.warning(f"No weight is packed, since {min(reasons)}: actions are computed as without `warm_up`.")
             return 0

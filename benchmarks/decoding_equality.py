@@ -7,9 +7,9 @@ The plain loop is that of `plain_decoding.py`: `generate` over a growing cache, 
 for each tower. Beside it: `predict_action` as it is (a single row is verified from a guess, batches go one by one),
 with the previous action as a draft, with a draft that is right, and with one that is random, and one by one with the
 library's layers and growing cache, as for models with hooks; as it is and with a draft that is right after `warm_up`,
-where that prepares something (in float32 on a CPU); and the model's own `generate`, with a growing and with a static
-cache. All see 1,000 random observations, and 200 consecutive frames of the tabletop in which the small policy acts, in
-batches of 1 and of 8.
+where that prepares something (in float32 on a CPU, here small layers, too); and the model's own `generate`, with a
+growing and with a static cache. All see 1,000 random observations, and 200 consecutive frames of the tabletop in which
+the small policy acts, in batches of 1 and of 8.
 
 The random ones are for the tiny golden configuration and for the small policy. Where tokens differ, the result has the
 logits of both: a difference that is no tie is an error. Ways round differently where the shapes of products do, so
@@ -96,7 +96,7 @@ def compare(name: str, observations: list[Observation], batch_size: int, dtype: 
     """Observations, and those in which each way differs from the plain loop."""
     model, processor = make_policy(name, dtype=dtype)
     warm = twin(model)
-    models = (model, warm if warm.warm_up([batch_size]) else None)
+    models = (model, warm if warm.warm_up([batch_size], min_packed_size=0) else None)
     plain = PlainPolicy(model, processor)
     previous = torch.full((batch_size, plain.num_tokens), -1)
     counts: dict[str, int] = {}

@@ -505,7 +505,7 @@ class TestPackedWeights:
         num_layers = 4 * blocks + 3
         inputs = make_batch(processor)
         _, *expected = count_packed(model, inputs)
-        assert model.warm_up([3]) == num_layers
+        assert model.warm_up([3], min_packed_size=0) == num_layers
         warning_once = sys.modules[type(model).__module__].logger.warning_once
         warning_once.cache_clear()
         yield model, inputs, expected, num_layers
@@ -526,7 +526,7 @@ class TestPackedWeights:
         images = [[noise_image(row + 10 * view) for view in range(model.config.num_images)] for row in range(2)]
         inputs = processor(instruction=INSTRUCTIONS[:2], images=images)
         expected = model.predict_action(**inputs)
-        assert model.warm_up([2]) > 0
+        assert model.warm_up([2], min_packed_size=0) > 0
         with PackedProducts() as counter:
             actual = model.predict_action(**inputs)
         assert counter.count > 0
@@ -536,12 +536,12 @@ class TestPackedWeights:
         model, inputs, (tokens, _), num_layers = warm
         two = {name: value[:2] for name, value in inputs.items()}
         assert count_packed(model, two)[0] == 0
-        model.warm_up([2, 3])
+        model.warm_up([2, 3], min_packed_size=0)
         for rows, given in ((two, tokens[:2]), (inputs, tokens)):
             count, actual, _ = count_packed(model, rows)
             assert count == num_layers
             assert torch.equal(actual, given)
-        model.warm_up([2])
+        model.warm_up([2], min_packed_size=0)
         assert count_packed(model, inputs)[0] == 0
         assert model.warm_up([]) == 0
         assert count_packed(model, two)[0] == 0
@@ -570,7 +570,7 @@ class TestPackedWeights:
         fresh = copy.deepcopy(model)
         _, *expected = count_packed(fresh, inputs)
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-7)
-        assert model.warm_up([3]) == (num_layers if change != "in inference mode" else 0)
+        assert model.warm_up([3], min_packed_size=0) == (num_layers if change != "in inference mode" else 0)
 
     def test_merged_adapters(self, warm):
         model, inputs, _, num_layers = warm
@@ -648,6 +648,15 @@ class TestPackedWeights:
         assert count == 0
         assert torch.equal(actual, tokens)
 
+    def test_small_layers_gain_nothing(self, caplog):
+        model, _ = make()
+        sizes = sorted(layer.weight.numel() for layer in model.projector.children() if isinstance(layer, nn.Linear))
+        assert model.warm_up(min_packed_size=sizes[-1]) == 1
+        with logged(model, caplog):
+            assert model.warm_up() == 0
+        assert "none has 262144 numbers" in caplog.text
+        assert not any(type(module).__name__ == "PackedLinear" for module in model.modules())
+
     def test_hooks_are_kept(self, caplog):
         model, _ = make()
         model.projector.fc1.register_forward_hook(lambda *_: None)
@@ -660,7 +669,7 @@ class TestPackedWeights:
         model, _ = make()
         for module in model.modules():
             module._is_hf_initialized = True
-        model.warm_up()
+        assert model.warm_up(min_packed_size=0) > 0
         assert all(module._is_hf_initialized for module in model.modules())
 
     @pytest.mark.parametrize("batch_sizes", [[0], [1, -1]])
