@@ -151,33 +151,36 @@ class PackedLinear(nn.Linear):
     multiplied without.
 
     Whether the weight has changed since is seen by its address, its version, and some hundred of its numbers: what
-    writes through `.data`, as adapters that are merged, leaves no version.
+    writes through `.data`, as adapters that are merged, leaves no version, and may write to few places unseen.
 
     Args:
-        layer (`nn.Linear`): To stand in for, with all that is set on it; [`why_not_packed`] has nothing to say of it.
-        numbers_of_rows (`Iterable[int]`): (B, N, D) has B * N.
+        layer (`nn.Linear`): To stand in for, with all that is set on it; nothing is packed yet.
     """
 
-    def __init__(self, layer: nn.Linear, numbers_of_rows: Iterable[int]):
+    def __init__(self, layer: nn.Linear):
         super().__init__(layer.in_features, layer.out_features, device="meta")
         vars(self).update(vars(layer))
+        vars(self).pop("forward", None)  # the layer's own, which hooks leave behind that were removed
+        self.unpack()
+
+    def pack(self, numbers_of_rows: Iterable[int]) -> None:
+        """Hold copies for these numbers of rows, (B, N, D) having B * N; [`why_not_packed`] has nothing to say."""
         weight = self.weight.detach()
         # Both are derived from the weight, never saved, and of no use on another device: no buffers.
         self._source = (weight.data_ptr(), self.weight._version, self._some_numbers().clone())
-        # What torch.compile takes for such products; private, and the same since torch 1.13.
+        # What torch.compile makes of such products with constant weights; private to it.
         pack = torch.ops.mkl._mkl_reorder_linear_weight
-        self._packed: dict[int, torch.Tensor] = {number: pack(weight, number) for number in numbers_of_rows}
+        self._packed = {number: pack(weight, number) for number in numbers_of_rows}
 
-    def as_linear(self) -> nn.Linear:
-        """The layer without copies."""
-        layer = nn.Linear(self.in_features, self.out_features, device="meta")
-        vars(layer).update({name: value for name, value in vars(self).items() if name not in ("_source", "_packed")})
-        return layer
+    def unpack(self) -> None:
+        """Let go of the copies."""
+        self._packed: dict[int, torch.Tensor] = {}
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
-        # The product has no gradient, and looks at no shape.
+        # The packed product has no gradient, and does not look at the width of what it is given.
         is_inference = not (self.training or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"))
-        if torch.compiler.is_compiling() or not is_inference or values.shape[-1] != self.in_features:
+        is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        if is_traced or not is_inference or values.shape[-1] != self.in_features:
             return super().forward(values)
         num_rows = values.shape[:-1].numel()
         packed = self._packed.get(num_rows)
@@ -185,7 +188,7 @@ class PackedLinear(nn.Linear):
             return super().forward(values)
         if self._has_changed():
             logger.warning_once("Weights were changed or moved: call `warm_up` again. They are multiplied without it.")
-            self._packed = {}
+            self.unpack()
             return super().forward(values)
         return torch.ops.mkl._mkl_linear(values, packed, self.weight, self.bias, num_rows)
 
@@ -210,7 +213,7 @@ def why_not_packed(layer: nn.Module) -> str | None:
     if not (torch.backends.mkl.is_available() and hasattr(torch.ops.mkl, "_mkl_linear")):
         return "this build of PyTorch has no MKL"
     weight = layer.weight
-    if type(layer) is not nn.Linear or type(weight) is not nn.Parameter or weight.is_inference():
+    if type(layer) not in (nn.Linear, PackedLinear) or type(weight) is not nn.Parameter or weight.is_inference():
         return "layers are quantised, or were made in inference mode"
     if (weight.device.type, weight.dtype) != ("cpu", torch.float32):
         return f"weights are {weight.dtype} on {weight.device.type!r} and not torch.float32 on 'cpu'"
@@ -825,8 +828,8 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         """
         Prepare this model for fast actions, with what its device has for that. Prepared is what the model is now: call
         this again when it was moved, or its weights were replaced or changed; until then actions are computed as
-        without it, as they are under autocast. Copies of the model have nothing of it, nor have saved ones. It is no
-        call for another thread while the model predicts.
+        without it, as they are under autocast. Copies of the model have nothing of it, nor have saved ones. No other
+        thread may predict meanwhile.
 
         On a CPU, in float32, layers of towers and projector hold their weights a second time, in the order in which
         MKL multiplies the rows of so many pictures: see [`PackedLinear`], which takes their place, and what it does
@@ -854,7 +857,9 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         if min(batch_sizes, default=1) < 1:
             raise ValueError(f"Batches have a row at least, got batch_sizes={list(batch_sizes)}.")
         self._recorded = None
-        self._unpack_weights()
+        for module in self.modules():
+            if isinstance(module, PackedLinear):
+                module.unpack()
         if self.device.type == "cpu":
             return self._pack_weights(batch_sizes, min_packed_size)
         reason = self._why_no_graphs()
@@ -876,7 +881,7 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         """Number of layers of towers and projector that are packed now, for the rows of such batches alone."""
         parts = [*self.vision_backbone.modules(), *self.projector.modules()]
         layers = [part for part in parts if isinstance(part, nn.Linear) and not isinstance(part, ZeroLinear)]
-        reasons = {why_not_packed(layer) for layer in layers} - {None}
+        reasons = {why_not_packed(layer) for layer in layers} - {None} if layers else {"its layers are quantised"}
         layers = [layer for layer in layers if layer.weight.numel() >= min_size]
         if not layers:
             reasons = reasons or {f"none has {min_size} numbers, and smaller ones gain nothing"}
@@ -896,19 +901,14 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         finally:
             for hook in hooks:
                 hook.remove()
-        self._replace_layers({layer: PackedLinear(layer, rows) for layer, rows in numbers_of_rows.items()})
-        return len(numbers_of_rows)
-
-    def _unpack_weights(self) -> None:
-        """Take back what [`_pack_weights`] did."""
-        packed = [module for module in self.modules() if isinstance(module, PackedLinear)]
-        self._replace_layers({layer: layer.as_linear() for layer in packed})
-
-    def _replace_layers(self, replacements: dict[nn.Module, nn.Module]) -> None:
-        for module in list(self.modules()):
-            for name, child in list(module.named_children()):
-                if child in replacements:
-                    setattr(module, name, replacements[child])
+        packed = {layer: layer if type(layer) is PackedLinear else PackedLinear(layer) for layer in numbers_of_rows}
+        for part in parts:
+            for name, layer in list(part._modules.items()):  # `named_children` tells one of several names
+                if layer in packed:
+                    setattr(part, name, packed[layer])
+        for layer, rows in numbers_of_rows.items():
+            packed[layer].pack(rows)
+        return len(packed)
 
     def _black(self, batch_size: int) -> torch.Tensor:
         """Pixels of the shape that the towers take."""

@@ -104,15 +104,15 @@ def measure(
     """All figures of a configuration at one batch size; `placement` is for `make_policy`."""
     model, processor = make_policy(name, **placement)
     plain, ours, warm = PlainPolicy(model, processor), OurPolicy(model, processor), OurPolicy(twin(model), processor)
-    before = resident_mib()
-    num_prepared = warm.model.warm_up(batch_sizes=[batch_size])
-    grown = resident_mib() - before
     batches = observe(name, model, processor, batch_size, max(24, 96 // batch_size) if name == SMALL else 3)
     clock: dict[str, list[float]] = {way: [] for way in WAYS}
     processor_time: dict[str, list[float]] = {way: [] for way in WAYS}
     equal: dict[str, list[float]] = {way: [] for way in WAYS}
     accepted, previous = [], ours.predict(batches[0]).token_ids
     plain.predict(batches[0])  # untimed, as the one above and the one below
+    before = resident_mib()
+    num_prepared = warm.model.warm_up(batch_sizes=[batch_size])
+    grown = resident_mib() - before
     warm.predict(batches[0])
     began, rounds = time.perf_counter(), 0
     while rounds < MIN_ROUNDS or time.perf_counter() - began < seconds:
@@ -183,7 +183,8 @@ def count_equal(way: str, model: nn.Module, inputs: Inputs, actual: torch.Tensor
     for row in (actual != expected).any(dim=1).nonzero().flatten().tolist():
         difference = explain(model, inputs, row, actual[row], expected[row])
         if not difference["is_tie"]:
-            raise ValueError(f"{way} decodes {actual[row].tolist()}, ours {expected[row].tolist()}: {difference}.")
+            logits = [difference[name][1] for name in ("ours", "plain")]
+            raise ValueError(f"{way}: {actual[row].tolist()}; ours: {expected[row].tolist()}; logits: {logits}.")
     return (actual == expected).float().mean().item()
 
 

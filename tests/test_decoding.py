@@ -13,6 +13,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from test_action_heads import CAUSAL, KINDS, TEXT, make_policy, noise_image, statistics
@@ -545,7 +546,6 @@ class TestPackedWeights:
         assert count_packed(model, inputs)[0] == 0
         assert model.warm_up([]) == 0
         assert count_packed(model, two)[0] == 0
-        assert {type(part) for part in model.modules()} == {type(part) for part in make()[0].modules()}
 
     @pytest.mark.parametrize("change", ["in place", "through data", "replaced", "in inference mode", "loaded"])
     def test_weights_that_change(self, warm, change, caplog):
@@ -651,18 +651,61 @@ class TestPackedWeights:
     def test_small_layers_gain_nothing(self, caplog):
         model, _ = make()
         sizes = sorted(layer.weight.numel() for layer in model.projector.children() if isinstance(layer, nn.Linear))
-        assert model.warm_up(min_packed_size=sizes[-1]) == 1
+        assert model.warm_up(min_packed_size=sizes[-1]) == sum(size == sizes[-1] for size in sizes)
         with logged(model, caplog):
             assert model.warm_up() == 0
         assert "none has 262144 numbers" in caplog.text
-        assert not any(type(module).__name__ == "PackedLinear" for module in model.modules())
 
-    def test_hooks_are_kept(self, caplog):
-        model, _ = make()
-        model.projector.fc1.register_forward_hook(lambda *_: None)
+    def test_layers_with_hooks(self, warm, caplog):
+        model, inputs, (tokens, _), num_layers = warm
+        calls = []
+        hook = model.projector.fc1.register_forward_hook(lambda *_: calls.append(1))
         with logged(model, caplog):
-            assert model.warm_up() == 0
+            assert model.warm_up([3], min_packed_size=0) == 0
         assert "layers have hooks" in caplog.text
+        count, actual, _ = count_packed(model, inputs)
+        assert (count, calls) == (0, [1])
+        assert torch.equal(actual, tokens)
+        hook.remove()
+        assert model.warm_up([3], min_packed_size=0) == num_layers
+        assert count_packed(model, inputs)[0] == num_layers
+
+    @pytest.mark.parametrize("is_warm", [False, True])
+    def test_hooks_of_accelerate_that_come_and_go(self, is_warm):
+        """They leave each layer's own `forward` behind, bound to it."""
+        model, processor = make()
+        inputs = make_batch(processor)
+        if is_warm:
+            model.warm_up([3], min_packed_size=0)
+        add_hook_to_module(model.vision_backbone, ModelHook())
+        for layer in model.vision_backbone.modules():
+            add_hook_to_module(layer, ModelHook())
+        assert model.warm_up([3], min_packed_size=0) == 0
+        assert count_packed(model, inputs)[0] == 0
+        remove_hook_from_module(model, recurse=True)
+        num_packed = model.warm_up([3], min_packed_size=0)
+        assert num_packed > 0
+        assert count_packed(model, inputs)[0] == num_packed
+
+    def test_layer_of_two_names(self):
+        model, _ = make()
+        mlp = model.vision_backbone.featurizer.blocks[0].mlp
+        mlp.another_name = mlp.fc1
+        model.warm_up(min_packed_size=0)
+        assert type(mlp.fc1).__name__ == "PackedLinear"
+        assert mlp.another_name is mlp.fc1
+
+    @torch.no_grad()
+    def test_export_and_trace(self, warm):
+        model, inputs, _, _ = warm
+        pixels = inputs["pixel_values"]
+        expected = copy.deepcopy(model).vision_backbone(pixels)
+        exported = torch.export.export(model.vision_backbone, (pixels,)).module()
+        layer = model.projector.fc1
+        values = torch.randn(next(iter(layer._packed)), layer.in_features)
+        traced = torch.jit.trace(layer, values)
+        torch.testing.assert_close(exported(pixels), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(traced(values), layer(values), rtol=1e-4, atol=1e-5)
 
     def test_flags_of_layers_stay(self):
         """Without the one that it sets on loaded layers, transformers 4.57 would fill them with random numbers."""

@@ -102,9 +102,21 @@ def test_replica_that_dies_is_replaced(place, observations):
 def test_options(options):
     with pytest.raises(ValueError, match="At least one replica with a share of a processor"):
         deployment.Options("policy", **options)
+
+
+def test_batches_to_prepare_for(monkeypatch):
     with pytest.raises(ValueError, match="batches have 1 to 8 rows"):
         deployment.Options("policy", warm_up=(9,))
     assert deployment.parse_arguments(["--policy", ".", "--warm_up", "1", "2"])[0].warm_up == [1, 2]
+    prepared = []
+
+    async def warm_up(_, batch_sizes):
+        prepared.append(batch_sizes)
+
+    monkeypatch.setattr("serving.service.Service.warm_up", warm_up)
+    app = deployment._build_app(deployment.Options(str(TINY_POLICY), dtype="float32", warm_up=(1, 8)))
+    app.state.service.close()
+    assert prepared == [(1, 8)]
 
 
 def test_nobody_else_without_a_token(capsys, monkeypatch):

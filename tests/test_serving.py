@@ -732,3 +732,19 @@ def test_warm_up_prepares_the_model(tiny, monkeypatch):
         assert prepared == []
         asyncio.run(server.service.warm_up([1, 4]))
     assert prepared == [[1, 4]]
+
+
+def test_the_command_prepares_the_model_before_it_serves():
+    class Recorder:
+        def __init__(self):
+            self.calls = []
+
+        async def warm_up(self, batch_sizes):
+            self.calls.append(batch_sizes)
+
+        async def serve(self):
+            self.calls.append("served")
+
+    recorder = Recorder()
+    asyncio.run(command.serve(recorder, recorder, [1, 8]))
+    assert recorder.calls == [[1, 8], "served"]
