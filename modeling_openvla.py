@@ -897,7 +897,7 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         try:
             for batch_size in batch_sizes:
                 instruction = torch.zeros(batch_size, self.config.text_config.hidden_size)
-                self.get_image_features(self._black(batch_size), instruction if self.config.use_film else None)
+                self.get_image_features(self._blank_pixels(batch_size), instruction if self.config.use_film else None)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -910,8 +910,8 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
             packed[layer].pack(rows)
         return len(packed)
 
-    def _black(self, batch_size: int) -> torch.Tensor:
-        """Pixels of the shape that the towers take."""
+    def _blank_pixels(self, batch_size: int) -> torch.Tensor:
+        """`pixel_values` of the shape that a batch has, all zero."""
         config = self.config
         side, channels = config.image_sizes[0], 3 * len(config.image_sizes) * config.num_images
         return torch.zeros(batch_size, channels, side, side, dtype=self.dtype, device=self.device)
@@ -942,7 +942,7 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         inputs = {
             "input_ids": ids,
             "attention_mask": torch.ones(shape, dtype=torch.long, device=device),
-            "pixel_values": self._black(batch_size),
+            "pixel_values": self._blank_pixels(batch_size),
         }
         if config.use_proprio:
             inputs["proprio"] = torch.zeros(batch_size, config.proprio_dim, dtype=self.dtype, device=device)

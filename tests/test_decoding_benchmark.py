@@ -1,6 +1,7 @@
 # Copyright 2026 The OpenVLA repository authors. Licensed under the Apache License, Version 2.0.
 """The pieces of the decoding benchmarks: the plain way is the published one, and the floor counts what runs."""
 
+import copy
 import sys
 
 import numpy as np
@@ -79,6 +80,33 @@ def test_random_weights_are_the_same_at_every_call():
     models = [plain.make_policy("tiny golden")[0] for _ in range(2)]
     for (name, first), (_, second) in zip(*(model.state_dict().items() for model in models), strict=True):
         assert torch.equal(first, second), name
+
+
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="this build of PyTorch has no MKL")
+def test_twin_shares_tensors_and_is_warmed_up_alone():
+    model, _ = plain.make_policy("tiny golden")
+    warm = plain.twin(model)
+    assert warm.warm_up(min_packed_size=0) > 0
+    for (name, first), (_, second) in zip(*(each.state_dict().items() for each in (model, warm)), strict=True):
+        assert first.data_ptr() == second.data_ptr(), name
+    assert type(warm.projector.fc1).__name__ == "PackedLinear"
+    assert type(model.projector.fc1) is torch.nn.Linear
+
+
+def test_other_tokens_are_an_error_unless_they_tie(policy):
+    model, processor, observations = policy
+    inputs = plain.as_inputs(model, processor, observations)
+    expected = model.predict_action(**inputs, return_dict=True).token_ids
+    assert latency.count_equal("ours", model, inputs, expected, expected) == 1.0
+    actual = expected.clone()
+    begin = model.config.action_token_begin
+    actual[1, 3] = (actual[1, 3] - begin + 100) % 256 + begin
+    with pytest.raises(ValueError, match="some way: "):
+        latency.count_equal("some way", model, inputs, actual, expected)
+    with torch.no_grad():
+        model = copy.deepcopy(model)
+        model.get_output_embeddings().weight.zero_()  # all logits tie
+    assert latency.count_equal("some way", model, inputs, actual, expected) == pytest.approx(20 / 21)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
